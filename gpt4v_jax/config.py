@@ -1,0 +1,272 @@
+"""The dataclasses of a run, and the only code that knows ml_collections.
+
+A config file returns `default()` with some values changed. `parse` turns it into a frozen `Config`: from there on a
+run is described by plain, hashable dataclasses, and a typing error is a `TypeError` at the door, not a silent default.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+from absl import flags
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message names the thing, its value and what to do; exit status 2."""
+
+
+def nearest(name: str, known) -> str:
+    """-> " (did you mean 'x'?)" for the known name nearest to `name`, or ""."""
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name}={value!r} is none of {', '.join(known)}{nearest(value, known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A stack of transformer blocks; the text model's and, in `Image.encoder`, an image encoder's."""
+
+    depth: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 0  # 0: as many as heads; fewer: grouped-query attention (Ainslie et al. 2023)
+    head_dim: int = 0  # 0: width / heads
+    hidden: int = 0  # 0: 4 x width
+    norm: str = "rms"  # rms | layer
+    norm_eps: float = 1e-6
+    activation: str = "gelu_tanh"  # gelu | gelu_tanh | swiglu
+    bias: bool = False
+    qk_norm: bool = False  # RMSNorm on q and k, a head at a time (Henry et al. 2020)
+    rope_theta: float = 10_000.0  # used where Model.position is "rope"
+    dropout: float = 0.0  # on the embedded stream and on both residual branches
+
+    def __post_init__(self):
+        for name, default in (("kv_heads", self.heads), ("head_dim", self.width // max(self.heads, 1)),
+                              ("hidden", 4 * self.width)):
+            object.__setattr__(self, name, getattr(self, name) or default)
+        if self.heads % self.kv_heads:
+            raise InputError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: choose a divisor")
+        one_of("norm", self.norm, ("rms", "layer"))
+        one_of("activation", self.activation, ("gelu", "gelu_tanh", "swiglu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """How pictures enter. `size` 0: the model reads none."""
+
+    size: int = 0  # pictures are resized to size x size pixels
+    patch: int = 16  # a patch is patch x patch x 3 values
+    position: str = "learned"  # learned | none: added to the patches, beside the backbone's own positions
+    class_token: bool = False  # ViT classifiers only
+    classes: int = 0  # ViT classifiers only: outputs of the head
+    encoder: Backbone | None = None  # None: encoder-free, patches go straight into the stream
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.size // self.patch
+
+    def __post_init__(self):
+        one_of("position", self.position, ("learned", "none"))
+        if self.size % self.patch:
+            raise InputError(f"image.size={self.size} is not a multiple of image.patch={self.patch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    kind: str = "concat"  # concat: each picture is a block in the stream | prefix_lm: and so are picture and prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    vocab: int = 0  # 0: taken from the tokenizer
+    context: int = 256  # positions in a row of the stream, T
+    position: str = "rope"  # rope | learned
+    tied: bool = True  # the head is the embedding table
+    init_std: float = 0.02
+    backbone: Backbone = Backbone()
+    image: Image = Image()
+    fusion: Fusion = Fusion()
+
+    def __post_init__(self):
+        one_of("position", self.position, ("rope", "learned"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    name: str = "digits_world"  # a data set of gpt4v_jax.data.datasets
+    dir: str = ""  # where raw files are looked for; "" means the environment's GPT4V_DATA_DIR
+    cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
+    tokenizer: str = "bpe"  # bpe | char: trained on the training split, kept in the workdir
+    vocab: int = 512  # upper bound on the vocabulary of a trained BPE
+    pictures: str = "real"  # real | blank: the blind baseline's
+    caption: bool = True  # train on captions, too
+    turns: int = 8  # questions of one picture in one training document, at most
+    media: int = 4  # pictures a row can hold: the patch budget is media x patches a picture
+    limit: int = 0  # use only so many training records; 0 means all
+    threads: int = 2  # that read ahead; 0 reads in line
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    name: str = "adamw"  # adamw | muon: matrices of the blocks by Muon, the rest by AdamW
+    lr: float = 1e-3
+    final: float = 0.1  # last learning rate, as a share of lr
+    warmup: int = 100  # steps
+    schedule: str = "cosine"  # cosine | linear | constant
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.1
+    decay: str = r"(kernel|table)$"  # which parameter paths decay
+    frozen: str = ""  # which parameter paths do not move
+    clip: float = 1.0  # global norm; 0 means none
+    momentum: float = 0.95  # of muon
+
+    def __post_init__(self):
+        one_of("name", self.name, ("adamw", "muon"))
+        one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every: int = 0  # steps; 0: only at the end
+    batch: int = 64  # rows
+    limit: int = 0  # records in the evaluations during training; 0 means all
+    best: str = ""  # the metric by which the best checkpoint is kept, as "evaluator/metric"
+    best_mode: str = "max"  # max | min
+    evaluators: tuple[str, ...] = ()  # names of gpt4v_jax.eval.EVALUATORS
+
+    def __post_init__(self):
+        one_of("best_mode", self.best_mode, ("max", "min"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one of them may be -1: as many as there are."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 16  # rows per step, over all devices
+    log_every: int = 50
+    save_every: int = 500
+    mesh: Mesh = Mesh()
+    model: Model = Model()
+    data: Data = Data()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+
+
+# ---- ConfigDict and JSON on one side, dataclasses on the other
+
+
+def default() -> ml_collections.ConfigDict:
+    """-> every key with its default value; a config file changes some of them and returns it."""
+    return section(Config)
+
+
+def section(cls) -> ml_collections.ConfigDict:
+    """-> the defaults of one dataclass, such as `section(Backbone)` for an image encoder of one's own."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            values[field.name] = section(type(field.default))
+        elif field.default is None:
+            values[field.name] = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
+        else:
+            values[field.name] = field.default
+    return ml_collections.ConfigDict(values)
+
+
+def parse(values: Mapping, cls=Config, path: str = "config"):
+    """A nested mapping (ConfigDict, or JSON read back) -> the frozen dataclass `cls`.
+
+    Raises InputError for an unknown key, naming the nearest one, and for a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise InputError(f"unknown config key {path}.{key}{nearest(key, fields)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _parse_value(values[key], hints[key], f"{path}.{key}") for key in values})
+
+
+def _parse_value(value: Any, hint: Any, path: str):
+    options = typing.get_args(hint)
+    if value is None and type(None) in options:
+        return None
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise InputError(f"{path}={value!r} must be a section of the config, with the keys of {hint.__name__}")
+        return parse(value, hint, path)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not all(isinstance(item, options[0]) for item in value):
+            raise InputError(f"{path}={value!r} must be a list of {options[0].__name__}")
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise InputError(f"{path}={value!r} must be of type {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+    return parse(json.loads(text))
+
+
+# ---- the door of every command
+
+
+def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
+    """Parses absl's flags and calls main(). Bad input is one line on stderr and exit status 2, no traceback.
+
+    Every command's __main__ is this call, so that bad input looks the same everywhere.
+    """
+    try:
+        _parse_flags(required)
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse_flags(required: tuple[str, ...]) -> None:
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+    except (AttributeError, KeyError) as error:  # a key that a locked ConfigDict does not have; it names the nearest
+        text = str(error.args[0]).replace("\\n", " ").replace("\\'", "'")
+        raise InputError("unknown config key " + " ".join(text.replace("'\"", "'").split()).strip("\"'")) from error
+    except (flags.Error, OSError, ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}: flags are written --name=value or --name value")
+    for name in required:
+        if flags.FLAGS[name].value is None:
+            raise InputError(f"--{name} is missing: --help lists the flags")
+
+
+def from_flag(values: ml_collections.ConfigDict) -> Config:
+    """The value of a config_flags flag -> Config."""
+    return parse(values.to_dict())

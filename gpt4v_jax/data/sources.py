@@ -1,0 +1,174 @@
+"""Where documents come from: a prepared data set, behind the few methods that packing and evaluation need.
+
+A source has `sizes(epoch)` -> (lengths, media) of its documents, `document(epoch, i)`, and `picture(key)`; what is read
+before the row plan is only lengths and text, pictures are decoded when their row is filled.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
+from gpt4v_jax.data import chat, datasets
+from gpt4v_jax.data.tokenizer import Tokenizer
+from gpt4v_jax.data.transforms import decode_picture
+
+CAPTION_PROMPT = "describe the picture."
+
+
+def cache_dir(data: config.Data) -> Path:
+    given = data.cache or os.environ.get("GPT4V_CACHE_DIR")
+    return Path(given) if given else Path.home() / ".cache" / "gpt4v_jax"
+
+
+def open_split(data: config.Data, split: str):
+    """-> the records of a split: len(), [i] -> dict. Prepares the data set when it is not there yet."""
+    builder = datasets.prepare(data.name, str(cache_dir(data)), data.dir or os.environ.get("GPT4V_DATA_DIR", ""))
+    if split not in builder.info.splits:
+        known = ", ".join(sorted(builder.info.splits))
+        raise config.InputError(f"split {split!r} of {data.name} is none of: {known}")
+    decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+    return builder.as_data_source(split, decoders=decoders)
+
+
+def corpus(data: config.Data):
+    """Every text of the training split, on which a tokenizer is trained."""
+    records = open_split(data, "train")
+    for i in range(limit(data, len(records))):
+        record = records[i]
+        if "text" in record:
+            yield text_of(record["text"])
+        else:
+            yield text_of(record["caption"])
+            yield from (f"{q} {a}" for _, q, a in questions(record))
+
+
+def limit(data: config.Data, records: int) -> int:
+    return min(data.limit or records, records)
+
+
+def text_of(value) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def questions(record) -> list[tuple[str, str, str]]:
+    """-> (kind, question, answer) of each question of a record."""
+    fields = record["questions"]
+    if not isinstance(fields, dict):  # tfds gives a list of dicts or a dict of lists, by how it was read
+        fields = {name: [question[name] for question in fields] for name in ("kind", "question", "answer")}
+    return [tuple(map(text_of, q)) for q in zip(fields["kind"], fields["question"], fields["answer"], strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    kind: str
+    question: str
+    answer: str
+    question_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+class Conversations:
+    """Pictures with questions: a document is a picture, then its turns in an order drawn from (seed, epoch, record)."""
+
+    def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int):
+        self._records = records
+        self._data, self._layout, self._special, self._seed = data, layout, tokenizer.special, seed
+        if not layout.size:
+            raise config.InputError("model.image.size=0, but the data set has pictures: set it, such as 72")
+        encode = _remember(tokenizer.encode)
+        self.turns: list[list[Turn]] = []
+        for i in range(limit(data, len(self._records))):
+            record = self._records[i]
+            turns = [("caption", CAPTION_PROMPT, text_of(record["caption"]))] if data.caption else []
+            turns += questions(record)
+            self.turns.append([Turn(*t, encode(t[1]), encode(t[2])) for t in turns])
+
+    def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
+        turns = self.turns[i]
+        order = np.random.default_rng((self._seed, epoch, i)).permutation(len(turns))[: self._data.turns]
+        return [chat.Piece("user", picture=i)] + [
+            piece
+            for k in order
+            for piece in (chat.Piece("user", turns[k].question_ids), chat.Piece("assistant", turns[k].answer_ids))
+        ]
+
+    def sizes(self, epoch: int):
+        lengths = [chat.length(self.pieces(epoch, i), self._layout) for i in range(len(self.turns))]
+        return np.array(lengths), np.ones(len(lengths), int)
+
+    def document(self, epoch: int, i: int) -> chat.Document:
+        return chat.document(self.pieces(epoch, i), self._special, self._layout)
+
+    def picture(self, key: int) -> np.ndarray:
+        size = self._layout.size
+        if self._data.pictures == "blank":
+            return np.full((size, size, 3), 128, np.uint8)
+        return decode_picture(self._records[key]["image"], size)
+
+
+class Questions:
+    """The questions of a split one by one: each is a document of its own, a picture and one turn."""
+
+    def __init__(self, conversations: Conversations, picture_of=lambda record: record):
+        self._source, self._picture_of = conversations, picture_of
+        self.items = [
+            (record, turn) for record, turns in enumerate(conversations.turns) for turn in turns if turn.kind != "caption"
+        ]
+        self.picture = conversations.picture
+
+    def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
+        record, turn = self.items[i]
+        picture = chat.Piece("user", picture=self._picture_of(record))
+        return [picture, chat.Piece("user", turn.question_ids), chat.Piece("assistant", turn.answer_ids)]
+
+    def sizes(self, epoch: int):
+        lengths = [chat.length(self.pieces(epoch, i), self._source._layout) for i in range(len(self.items))]
+        return np.array(lengths), np.ones(len(lengths), int)
+
+    def document(self, epoch: int, i: int) -> chat.Document:
+        return chat.document(self.pieces(epoch, i), self._source._special, self._source._layout)
+
+
+class Windows:
+    """A text as windows of `context` tokens, each with the token that follows as its last target.
+
+    In training they start at an offset drawn from (seed, epoch), and every epoch reads the whole text once; with
+    seed None they start at 0, do not overlap, and cover the text up to the last whole window.
+    """
+
+    def __init__(self, ids: np.ndarray, layout: batch_lib.Layout, seed: int | None):
+        self._ids, self._T, self._seed = ids.astype(np.int32), layout.context, seed
+        if len(ids) < 2 * self._T:
+            raise config.InputError(f"the text has {len(ids)} tokens, too few for two windows of {self._T}")
+
+    def _offset(self, epoch: int) -> int:
+        return 0 if self._seed is None else int(np.random.default_rng((self._seed, epoch, 1)).integers(self._T))
+
+    def sizes(self, epoch: int):
+        n = (len(self._ids) - 1 - self._offset(epoch)) // self._T
+        return np.full(n, self._T), np.zeros(n, int)
+
+    def document(self, epoch: int, i: int) -> chat.Document:
+        T, start = self._T, self._offset(epoch) + i * self._T
+        ids = self._ids[start : start + T + 1]
+        return chat.Document(ids[:-1], ids[1:], np.ones(T, np.float32), np.ones(T, bool))
+
+    def picture(self, key: int) -> np.ndarray:
+        raise ValueError("a text has no pictures")
+
+
+def _remember(encode):
+    known: dict[str, tuple[int, ...]] = {}
+    return lambda text: known.get(text) or known.setdefault(text, tuple(encode(text)))
+
+
+def from_records(records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
+    """The records of a split -> documents to train on; windows of a text start at 0 with seed None (validation)."""
+    if "text" in records[0]:
+        return Windows(np.array(tokenizer.encode(text_of(records[0]["text"]))), layout, seed)
+    return Conversations(records, data, tokenizer, layout, seed or 0)

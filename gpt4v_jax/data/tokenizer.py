@@ -1,0 +1,82 @@
+"""Text <-> token ids, by the `tokenizers` library: a character table or a byte-level BPE, trained on a corpus.
+
+Special tokens are ids that no text encodes to: what a user types stays plain text.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gpt4v_jax import config
+
+SPECIALS = ("<pad>", "<end>", "<user>", "<assistant>", "<image>")
+
+
+class Tokenizer:
+    """encode, decode, the size of the vocabulary, and the ids of the special tokens (`special["<end>"]`)."""
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        inner.encode_special_tokens = True  # "<end>" in a text is five characters, not the special token
+        self._inner = inner
+        self.vocab = inner.get_vocab_size(with_added_tokens=True)
+        ids = {name: inner.token_to_id(name) for name in SPECIALS}
+        self.special = {name: id for name, id in ids.items() if id is not None}
+
+    def encode(self, text: str) -> list[int]:
+        """Raises InputError for a character that a character vocabulary does not have."""
+        if isinstance(self._inner.model, models.WordLevel):
+            known = self._inner.get_vocab()
+            odd = next((char for char in text if char not in known), None)
+            if odd is not None:
+                raise config.InputError(f"the character {odd!r} is not in the vocabulary of {len(known)} characters")
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Special tokens are left out."""
+        drop = set(self.special.values())
+        return self._inner.decode([int(i) for i in ids if int(i) not in drop], skip_special_tokens=False)
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w") as file:
+            file.write(self._inner.to_str(pretty=True))
+        os.replace(temporary, path)
+
+
+def load(path: Path) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+
+
+def train(kind: str, texts: Iterable[str], vocab: int) -> Tokenizer:
+    """kind "char": the corpus's characters in sorted order, no special tokens; "bpe": at most `vocab` tokens."""
+    config.one_of("data.tokenizer", kind, ("char", "bpe"))
+    return _characters(texts) if kind == "char" else _bpe(texts, vocab)
+
+
+def _characters(texts: Iterable[str]) -> Tokenizer:
+    chars = sorted(set().union(*texts))
+    inner = tokenizers.Tokenizer(models.WordLevel({char: i for i, char in enumerate(chars)}))
+    inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    return Tokenizer(inner)
+
+
+def _bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016): every text has an encoding. Special tokens take the first ids."""
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+        special_tokens=list(SPECIALS),
+    )  # fmt: skip
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner)

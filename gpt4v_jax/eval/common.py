@@ -1,0 +1,72 @@
+"""What every evaluator shares: what is evaluated, the scores of documents, intervals."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config, sharding
+from gpt4v_jax.data import pipeline, sources
+from gpt4v_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, and the split it is evaluated on. `source` is the split's, read once."""
+
+    run: config.Config
+    layout: batch_lib.Layout
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    eval_step: Callable  # training.step.make_eval_step, compiled
+    params: Any
+    source: Any
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`metrics`: flat numbers; `kinds`: {kind of question: (right, asked)}; `right`: of each question in order."""
+
+    metrics: dict[str, float]
+    kinds: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    right: tuple[bool, ...] = ()
+
+
+def open_source(run: config.Config, split: str, tokenizer: Tokenizer, layout: batch_lib.Layout, limit: int = 0):
+    """-> the source of a split for evaluation: its own order, at most `limit` records (0: all)."""
+    data = dataclasses.replace(run.data, limit=limit)
+    return sources.from_records(sources.open_split(data, split), data, tokenizer, layout, seed=None)
+
+
+def score(subject: Subject, source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-> (nats, trained tokens, exact) of each document of a source.
+
+    `exact`: every target is the argmax given the targets before it, which holds if and only if greedy decoding gives
+    exactly these targets; so one forward pass scores greedy answers.
+    """
+    count = len(source.sizes(0)[0])
+    nats, tokens, exact = np.zeros(count), np.zeros(count), np.ones(count, bool)
+    shards = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
+    rows = -(-subject.run.eval.batch // shards) * shards
+    for batch, documents in pipeline.all_rows(source, subject.layout, rows):
+        nats_BT, hit_BT = jax.device_get(subject.eval_step(subject.params, sharding.put_batch(batch, subject.mesh)))
+        for row, numbers in enumerate(documents):
+            for k, number in enumerate(numbers, 1):
+                at = (batch.document[row] == k) & (batch.weight[row] > 0)
+                nats[number], tokens[number] = nats_BT[row][at].sum(), at.sum()
+                exact[number] = hit_BT[row][at].all()
+    return nats, tokens, exact
+
+
+def interval(right: int, asked: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927)."""
+    if not asked:
+        return 0.0, 1.0
+    z, p = 1.959964, right / asked
+    middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * (p * (1 - p) / asked + z * z / (4 * asked * asked)) ** 0.5
+    return max(middle - half, 0.0), min(middle + half, 1.0)

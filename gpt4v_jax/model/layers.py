@@ -1,0 +1,108 @@
+"""The layers that own parameters; every `self.param` of the project is here.
+
+The alphabet of shapes, used in names (x_BTD) and comments throughout:
+B batch, T stream, S segment, D width, N heads, K kv-heads, H head dim, F hidden, V vocabulary, M patches, p values a patch.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt4v_jax.sharding import shard
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": nn.gelu,
+    "swiglu": nn.silu,
+}
+
+
+class Linear(nn.Module):
+    """y = x W + b over the last len(inputs) dimensions of x: [..., *inputs] -> [..., *outputs].
+
+    The product is one flat matrix product: on a CPU XLA runs that at twice the speed of the batched form.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    bias: bool = False
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(self.std), self.inputs + self.outputs)
+        rows = x.shape[: x.ndim - len(self.inputs)]
+        if x.shape[len(rows) :] != self.inputs:
+            raise ValueError(f"{self.path}: expected [..., {self.inputs}], got {x.shape}")
+        fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
+        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)
+        y = y.reshape(*rows, *self.outputs)
+        return y + self.param("bias", nn.initializers.zeros, self.outputs) if self.bias else y
+
+
+class Table(nn.Module):
+    """A table of `rows` learned vectors: ids [...] -> [..., width]. `attend` is the tied head."""
+
+    rows: int
+    width: int
+    std: float = 0.02
+
+    def setup(self):
+        self.table = self.param("table", nn.initializers.normal(self.std), (self.rows, self.width))
+
+    def __call__(self, ids):
+        return jnp.take(self.table, ids, axis=0)
+
+    def attend(self, x):
+        """x [..., width] -> [..., rows]: inner products with every row."""
+        return x @ self.table.T
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension, in float32."""
+
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        if self.kind == "layer":
+            x -= x.mean(-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        x *= self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        if self.kind == "layer":
+            x += self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return x.astype(dtype)
+
+
+class MLP(nn.Module):
+    """D -> F -> D; with swiglu (Shazeer 2020) the activated gate multiplies the F values."""
+
+    hidden: int
+    activation: str
+    bias: bool
+    std: float
+    out_std: float
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D = x_BTD.shape[-1]
+        act = ACTIVATIONS[self.activation]
+        up_BTF = Linear((D,), (self.hidden,), self.bias, self.std, name="up")(x_BTD)
+        if self.activation == "swiglu":
+            up_BTF *= act(Linear((D,), (self.hidden,), self.bias, self.std, name="gate")(x_BTD))
+        else:
+            up_BTF = act(up_BTF)
+        up_BTF = shard(up_BTF, "batch", None, "hidden")
+        return Linear((self.hidden,), (D,), self.bias, self.out_std, name="down")(up_BTF)
+
+
+def dropout(x, rate: float, key):
+    """Zeroes each value with probability `rate` and scales the rest; no key (evaluation) or rate 0: x itself."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)

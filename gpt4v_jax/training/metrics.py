@@ -1,0 +1,95 @@
+"""Where numbers go: the terminal (a progress bar and a line an epoch), metrics.jsonl, TensorBoard.
+
+Scalars on the device are read one log line late, when they have long been computed, so that reading never waits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+
+class Log:
+    """Appends to <workdir>/metrics.jsonl and TensorBoard's event file; a resumed run drops what it will do again."""
+
+    def __init__(self, workdir: Path, start: int):
+        self._path = Path(workdir) / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
+            self._path.write_text("".join(line + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
+        self._waiting = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes now: for numbers that are on the host already."""
+        values = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def later(self, step: int, values: dict) -> dict | None:
+        """Writes the values of the call before, and -> them as floats (None at first)."""
+        ready, self._waiting = self._waiting, (step, values)
+        if ready is None:
+            return None
+        done = {name: float(value) for name, value in ready[1].items()}
+        self.write(ready[0], done)
+        return done
+
+    def close(self) -> dict | None:
+        last = self.later(0, {})
+        self._file.close()
+        self._board.close()
+        return last
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line that a killed run left half-written
+        return sys.maxsize
+
+
+def read(workdir: Path) -> list[dict]:
+    """-> the lines of metrics.jsonl."""
+    path = Path(workdir) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Progress:
+    """A bar with loss, tokens/s and time left; where the output is no terminal, lines instead."""
+
+    def __init__(self, total: int, done: int):
+        self.console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._bar = rich.progress.Progress(
+            "step", rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(), "{task.fields[loss]}",
+            "{task.fields[rate]}", rich.progress.TimeElapsedColumn(), "left", rich.progress.TimeRemainingColumn(),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=total, completed=done, loss="", rate="")
+        self._total = total
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, loss: float, rate: float, left: float) -> None:
+        self._bar.update(self._task, completed=step, loss=f"loss {loss:.3f}", rate=f"{rate:,.0f} tokens/s")
+        if not self.console.is_terminal:
+            self.console.print(
+                f"step {step}/{self._total}  loss {loss:.4f}  {rate:,.0f} tokens/s  {left / 60:.1f} minutes left"
+            )
+
+    def line(self, text: str) -> None:
+        self.console.print(text)

@@ -1,0 +1,95 @@
+"""The state and the train and eval steps as pure functions: what train runs and what a plan would compile."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config, sharding
+from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training import objectives
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array  # [] int32: steps done, and so the data position
+    params: Any
+    opt_state: Any
+
+
+def init_params(model: GPT4V, seed: int):
+    """Parameters from (seed, path of the parameter)."""
+    return model.init(jax.random.key(seed), batch_lib.empty(model.layout, 1))["params"]
+
+
+def abstract_params(model: GPT4V, seed: int = 0):
+    return jax.eval_shape(lambda: init_params(model, seed))
+
+
+def init_state(model: GPT4V, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh) -> State:
+    """-> a State that is born sharded: no device ever holds the whole."""
+
+    def init():
+        params = init_params(model, seed)
+        return State(jnp.int32(0), params, tx.init(params))
+
+    return jax.jit(init, out_shardings=state_sharding(jax.eval_shape(init), mesh))()
+
+
+def state_sharding(state, mesh: jax.sharding.Mesh):
+    return sharding.params_sharding(state, mesh)
+
+
+def forward(model: GPT4V, params, batch: batch_lib.Batch, key=None):
+    """-> logits [B,T,V] float32."""
+    hidden, _, _ = model.apply({"params": params}, batch, key=key)
+    return model.apply({"params": params}, hidden, method="logits")
+
+
+def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.Config):
+    """-> train_step(state, batch) -> (state, metrics: scalars)."""
+
+    def train_step(state: State, batch: batch_lib.Batch):
+        key = None
+        if run.model.backbone.dropout:  # from (seed, step): a resumed run draws what the unbroken one draws
+            key = jax.random.fold_in(jax.random.key(run.seed), state.step)
+
+        def loss_fn(params):
+            sums = objectives.next_token(forward(model, params, batch, key), batch)
+            return sums["loss"][0] / sums["loss"][1], sums
+
+        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "accuracy": sums["accuracy"][0] / sums["accuracy"][1],
+            "grad_norm": optax.global_norm(grads),
+            "trained_tokens": sums["loss"][1],
+        }
+        return State(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def compile_train_step(model, tx, run: config.Config, state: State, mesh: jax.sharding.Mesh):
+    """jit with shardings (pjit is jax.jit today); the old state's memory is given to the new one."""
+    return jax.jit(
+        make_train_step(model, tx, run),
+        in_shardings=(state_sharding(state, mesh), sharding.batch_sharding(mesh)),
+        out_shardings=(state_sharding(state, mesh), None),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(model: GPT4V):
+    """-> eval_step(params, batch) -> per position (nats of the target [B,T], was the target the argmax [B,T])."""
+
+    def eval_step(params, batch: batch_lib.Batch):
+        logits = forward(model, params, batch)
+        return objectives.token_nats(logits, batch.target), jnp.argmax(logits, axis=-1) == batch.target
+
+    return eval_step

@@ -1,0 +1,93 @@
+"""A run on disk: workdir/{config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, eval/, ...}."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config, sharding
+from gpt4v_jax.data import tokenizer as tokenizer_lib
+from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training import checkpoint
+from gpt4v_jax.training import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A restored model with everything that it takes to use it."""
+
+    run: config.Config
+    layout: batch_lib.Layout
+    tokenizer: tokenizer_lib.Tokenizer
+    mesh: jax.sharding.Mesh
+    model: GPT4V
+    params: Any
+    step: int
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def create(workdir: Path, run: config.Config) -> None:
+    """Makes the folder and writes what the run is and where it runs."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write(workdir / "config.json", config.to_json(run))
+        write(workdir / "environment.json", json.dumps(environment(), indent=2))
+    except OSError as error:
+        raise config.InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
+
+
+def environment() -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    revision = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "command": " ".join(["python", "-m", "gpt4v_jax." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "commit": revision.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "devices": [device.device_kind for device in jax.devices()],
+        "cores": os.cpu_count(),
+    }
+
+
+def load_config(workdir: Path) -> config.Config:
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise config.InputError(f"--workdir={workdir} holds no run: {path.name} is missing; train one there first")
+    return config.from_json(path.read_text())
+
+
+def restore(workdir: Path, step: int | None = None) -> Trained:
+    """-> the best checkpoint (by the run's metric, else the newest) or the one at `step`; nothing is written."""
+    run = load_config(workdir)
+    tokenizer = tokenizer_lib.load(workdir / "tokenizer.json")
+    layout = batch_lib.layout(run.model, run.data)
+    # Devices may be fewer than in training: all of them along data.
+    mesh = sharding.make_mesh(config.Mesh())
+    jax.set_mesh(mesh)
+    model = GPT4V(run.model, layout)
+    checkpoints = checkpoint.Checkpoints(workdir, run.eval.best, run.eval.best_mode, read_only=True)
+    step = checkpoints.best() if step is None else step
+    if step is None:
+        raise config.InputError(f"--workdir={workdir} has no checkpoint yet; train a little longer")
+    params = checkpoints.restore_params(step_lib.abstract_params(model), mesh, step)
+    checkpoints.close()
+    return Trained(run, layout, tokenizer, mesh, model, params, step)
