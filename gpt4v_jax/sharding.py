@@ -47,6 +47,7 @@ PARAMS = (
     (r"norm/(scale|bias)$", ("width",)),
     (r"head/kernel$", ("width", "vocab_out")),
     (r"head/bias$", ("vocab_out",)),
+    (r"opt_state/.*/ns_coeffs$", (None,)),  # constants that optax keeps in Muon's state
 )
 
 

@@ -1,0 +1,107 @@
+# `make help` lists the commands. All of them work in .venv, filled from the pinned versions in requirements/.
+
+PYTHON     ?= python3
+UV_VERSION := 0.13.9
+WORKDIR    := runs/quickstart
+PY         := .venv/bin/python
+.DEFAULT_GOAL := help
+
+# 3.11 has its own pins (jax 0.11 and later need 3.12); VERSION is empty where $(PYTHON) does not run.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+LOCK    := requirements/$(if $(filter 3.11.%,$(VERSION)),py311,py312)
+
+# What .venv holds is remembered by empty files in it, named after Python, this directory and the content of the lock:
+# a second `make` does nothing, another Python or a moved checkout makes .venv anew, another lock installs again.
+HERE  := $(VERSION)-$(shell echo "$(CURDIR)" | cksum | cut -d' ' -f1)
+stamp = .venv/.$(1)-$(HERE)-$(shell cat $(2) 2>/dev/null | cksum | cut -d' ' -f1)
+VENV  := .venv/.python-$(HERE)
+CORE  := $(call stamp,core,$(LOCK).txt setup.py)
+TEST  := $(call stamp,test,$(LOCK)-test.txt)
+BENCH := $(call stamp,bench,$(LOCK)-bench.txt)
+
+# torch for the benchmarks should be a CPU build: from pip's own links where some are set, else from PyTorch's index.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+TORCH := $(if $(UV_FIND_LINKS),,--torch-backend cpu)
+
+# $(call install,name,lock,flags of uv): install a lock, by uv, or by pip where there is no uv
+define install
+@echo "installing $(2) into .venv (Python $(VERSION))"
+@rm -f .venv/.$(1)-*
+@if [ -x .venv/bin/uv ]; then .venv/bin/uv pip install -q --python $(PY) --compile-bytecode $(3) -r $(2); \
+ else $(PY) -m pip install -q -r $(2); fi
+endef
+
+.PHONY: help quickstart test lint bench lock clean
+
+help:
+	@echo "make quickstart   train a small model on the CPU, evaluate it, ask it a question, write a report; run again to resume"
+	@echo "make test         lint, then all tests            (make test ARGS='-k packing')"
+	@echo "make lint         ruff"
+	@echo "make bench        training speed beside PyTorch   (Python 3.11 only)"
+	@echo "make lock         write requirements/ anew from setup.py   (make lock ARGS=--upgrade takes newer versions)"
+	@echo "make clean        remove .venv and caches; runs/ stays"
+	@echo "Every one takes PYTHON=python3.12 or the like; 3.11 is the oldest that works."
+
+quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1# huge pages: faster on Linux, ignored elsewhere
+
+quickstart: $(CORE)
+	$(PY) -m gpt4v_jax.train --config configs/quickstart.py --workdir $(WORKDIR)
+	$(PY) -m gpt4v_jax.evaluate --workdir $(WORKDIR)
+	$(PY) -m gpt4v_jax.generate --workdir $(WORKDIR) --split test --index 0 --prompt "what digit is the red one?"
+	$(PY) -m gpt4v_jax.report --workdir $(WORKDIR)
+
+test: lint
+	$(PY) -m pytest $(ARGS)
+
+lint: $(TEST)
+	$(PY) -m ruff check .
+
+ifneq ($(filter 3.11.%,$(VERSION)),)
+bench: $(BENCH)
+	$(PY) -m benchmarks.train_step $(ARGS)
+else
+bench:
+	@echo "make bench needs Python 3.11, for which there is a pinned torch; '$(PYTHON)' $(if $(VERSION),is $(VERSION),does not run)."
+	@echo "Try: make bench PYTHON=python3.11"; exit 1
+endif
+
+$(VENV):
+	@case "$(VERSION)" in \
+	"") echo "'$(PYTHON)' does not run. Name a Python (3.11 or newer): make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1;; \
+	2.*|3.[0-9].*|3.10.*) echo "'$(PYTHON)' is Python $(VERSION), but 3.11 is the oldest that works:" \
+	  "make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1;; esac
+	@echo "making .venv (Python $(VERSION))"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PY) -m pip install -qq --disable-pip-version-check uv==$(UV_VERSION) \
+	  || echo "no uv $(UV_VERSION) to be had: pip installs instead, which takes a few minutes"
+	@touch $@
+
+$(CORE): | $(VENV)
+	$(call install,core,$(LOCK).txt)
+	@if [ -x .venv/bin/uv ]; then .venv/bin/uv pip install -q --python $(PY) --no-deps -e .; \
+	 else $(PY) -m pip install -q --no-deps -e .; fi
+	@touch $@
+
+$(TEST): | $(CORE)
+	$(call install,test,$(LOCK)-test.txt)
+	@touch $@
+
+$(BENCH): | $(TEST)
+	$(call install,bench,$(LOCK)-bench.txt,$(TORCH))
+	@touch $@
+
+# Each list takes over the versions of the one before it, so that installing the second changes nothing of the first.
+COMPILE = .venv/bin/uv pip compile -q setup.py --no-python-downloads --no-annotate --no-emit-index-url \
+  --no-emit-find-links --custom-compile-command "make lock" $(ARGS)
+lock: | $(VENV)
+	$(COMPILE) --python-version 3.11 -o requirements/py311.txt
+	$(COMPILE) --python-version 3.11 -o requirements/py311-test.txt --extra test -c requirements/py311.txt
+	$(COMPILE) --python-version 3.11 -o requirements/py311-bench.txt --extra test --extra bench \
+	  -c requirements/py311-test.txt $(TORCH)
+	sed -i.bak 's/+cpu$$//' requirements/py311-bench.txt && rm requirements/py311-bench.txt.bak
+	$(COMPILE) --python-version 3.12 -o requirements/py312.txt
+	$(COMPILE) --python-version 3.12 -o requirements/py312-test.txt --extra test -c requirements/py312.txt
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""gpt4v_jax as a package: what it needs, and the extras. The exact versions that are tested stand in requirements/."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py>=2.1",
+    "array_record>=0.8",
+    "flax>=0.12",
+    "grain>=0.2.15",
+    "jax>=0.10",
+    "matplotlib>=3.9",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12",
+    "pillow>=11.0",
+    "rich>=13.0",
+    "scikit-learn>=1.5",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",  # works without TensorFlow, which is not needed
+    "tokenizers>=0.21",
+]
+TEST = ["pytest>=8.0", "ruff>=0.9"]
+
+setup(
+    name="gpt4v_jax",
+    version="0.1.0",
+    description="One causal transformer over text and images, in JAX and Flax",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["gpt4v_jax", "gpt4v_jax.*"]),
+    install_requires=CORE,
+    extras_require={
+        "test": TEST,
+        "dev": TEST,
+        "bench": ["torch==2.13.0", "transformers>=5.0"],
+        "gpu": ["jax[cuda12]"],  # driver 525 or later; from 580 on jax[cuda13] works, too
+        "tpu": ["jax[tpu]"],
+    },
+)
