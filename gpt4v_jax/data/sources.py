@@ -25,9 +25,18 @@ def cache_dir(data: config.Data) -> Path:
     return Path(given) if given else Path.home() / ".cache" / "gpt4v_jax"
 
 
+def open_builder(data: config.Data):
+    """-> the TFDS builder of data.name; the data set is prepared when it is not there yet."""
+    return datasets.prepare(data.name, str(cache_dir(data)), data.dir or os.environ.get("GPT4V_DATA_DIR", ""))
+
+
+def splits(data: config.Data) -> list[str]:
+    return sorted(open_builder(data).info.splits)
+
+
 def open_split(data: config.Data, split: str):
-    """-> the records of a split: len(), [i] -> dict. Prepares the data set when it is not there yet."""
-    builder = datasets.prepare(data.name, str(cache_dir(data)), data.dir or os.environ.get("GPT4V_DATA_DIR", ""))
+    """-> the records of a split: len(), [i] -> dict; a picture is its file's bytes."""
+    builder = open_builder(data)
     if split not in builder.info.splits:
         known = ", ".join(sorted(builder.info.splits))
         raise config.InputError(f"split {split!r} of {data.name} is none of: {known}")

@@ -39,7 +39,7 @@ def quiet():
 def prepare(name: str, cache: str, raw_dir: str = ""):
     """-> the tfds builder of `name`, such as "digits_world" or, with a config, "digits_world/small", its records on
     disk below `cache`. Records that are there are used again; else they are made, from files in `raw_dir` if it needs
-    any. TFDS writes beside the place and renames at the end: an interrupted call leaves nothing that looks done."""
+    any, and one line is printed. TFDS writes beside the place and renames at the end: an interrupted call leaves nothing that looks done."""
     import tensorflow_datasets as tfds
 
     name, _, config = name.partition("/")
@@ -47,23 +47,22 @@ def prepare(name: str, cache: str, raw_dir: str = ""):
     if config and config not in cls.builder_configs:
         raise InputError(f"data.name: {name!r} has no config {config!r}{nearest(config, cls.builder_configs)}; it has: "
                          f"{', '.join(cls.builder_configs) or 'none'}")
-    start = time.perf_counter()
     # Without TensorFlow array_record is the format that TFDS can write; its default, tfrecord, is not.
     builder = cls(data_dir=cache, config=config or None, file_format="array_record")
     with quiet():
-        found = builder.is_prepared()
-    if not found:
-        download = tfds.download.DownloadConfig(manual_dir=raw_dir or None)
-        tfds.disable_progress_bar()
-        try:
-            with quiet():
-                builder.download_and_prepare(download_config=download, file_format="array_record")
-        except FileExistsError as error:  # another process was first, with equal records; or something else is there
-            builder = cls(data_dir=cache, config=config or None, file_format="array_record")
-            if not builder.is_prepared():
-                raise InputError(f"{builder.data_dir} is in the way: it holds no complete data set. Remove it and "
-                                 "start again") from error
+        if builder.is_prepared():
+            return builder
+    print(f"{name}: building into {builder.data_dir} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    tfds.disable_progress_bar()
+    try:
+        with quiet():
+            download = tfds.download.DownloadConfig(manual_dir=raw_dir or None)
+            builder.download_and_prepare(download_config=download, file_format="array_record")
+    except FileExistsError:  # another process was faster, with equal records
+        builder = cls(data_dir=cache, config=config or None, file_format="array_record")
+    if not builder.is_prepared():
+        raise InputError(f"{builder.data_dir} is in the way: it holds no complete data set. Remove it and start again")
     sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
-    print(f"{name}: {'found in' if found else 'built into'} {builder.data_dir} in {time.perf_counter() - start:.1f} s "
-          f"(records: {sizes})", flush=True)
+    print(f"{time.perf_counter() - start:.1f} s (records: {sizes})", flush=True)
     return builder

@@ -49,7 +49,6 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f"input.txt from {URL}; where it is missing it is downloaded."
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -59,11 +58,8 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        try:
-            raw_dir = str(dl_manager.manual_dir)
-        except AssertionError:  # TFDS's way to say that there is none, or that it is empty
-            raw_dir = ""
-        text = raw_text(raw_dir, dl_manager.download)
+        # The public `manual_dir` raises where there is no such folder; our own message is to name it.
+        text = raw_text(str(dl_manager._manual_dir or ""), dl_manager.download)
         cut = int(0.9 * len(text))
         return {"train": self._generate_examples(text[:cut]), "validation": self._generate_examples(text[cut:])}
 

@@ -1,0 +1,151 @@
+"""Prefill and cached decode under jit, and `generate`, which joins them.
+
+A prompt is a document (chat.document) that ends where the answer begins. Prompts of different lengths share a batch:
+the cache's unused slots have document 0, which no query sees.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
+from gpt4v_jax.data import chat, packing
+from gpt4v_jax.generate import sample
+from gpt4v_jax.model import attention
+from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training.workdir import Trained
+
+BLOCK = 16  # tokens decoded between two looks at the text, for stop strings
+BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: tuple[int, ...]
+    finish: str  # stop: <end> or a stop string | length: max_new_tokens, or the context is full
+
+
+def prompt(trained: Trained, text: str, pictures: Sequence[int] = ()) -> chat.Document:
+    """-> the document of one user's turn; a model without special tokens (characters) gets the plain text."""
+    ids, special = trained.tokenizer.encode(text), trained.tokenizer.special
+    if special:
+        pieces = [chat.Piece("user", picture=key) for key in pictures] + [chat.Piece("user", ids)]
+        return chat.document(pieces, special, trained.layout)
+    if not ids:
+        raise config.InputError("the prompt is empty: a model of plain text needs at least one character")
+    return chat.shifted(np.array(ids, np.int32), np.zeros(len(ids), bool), np.ones(len(ids), bool))
+
+
+def generate(
+    trained: Trained,
+    prompts: Sequence[chat.Document],
+    pictures: Sequence[np.ndarray] = (),
+    max_new_tokens: int = 64,
+    sampling: sample.Sampling = sample.Sampling(),
+    seeds: Sequence[int] = (),
+    stop: Sequence[str] = (),
+) -> list[Answer]:
+    """-> one Answer a prompt. pictures: uint8 [size,size,3], indexed by the prompts' keys; seeds: one a prompt."""
+    context, end = trained.layout.context, trained.tokenizer.special.get("<end>", -1)
+    longest = max(map(len, prompts))
+    if longest >= context:
+        raise config.InputError(
+            f"the prompt has {longest} positions (pictures included), the model's context is {context}: "
+            f"shorten it to at most {context - 1}"
+        )
+    if max_new_tokens < 1:
+        raise config.InputError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if any(not text for text in stop):
+        raise config.InputError("a stop string is empty: leave it out")
+    seeds = list(seeds) or list(range(len(prompts)))
+
+    width = min(-(-longest // BUCKET) * BUCKET, context)
+    items = max(len(p.pictures) for p in prompts)
+    layout = dataclasses.replace(trained.layout, context=width, items=items)
+    batch = packing.stack([packing.fill([p], lambda key: pictures[key], layout) for p in prompts])
+    blocks = -(-min(max_new_tokens, context - 1) // BLOCK)
+    logits, cache = prefill(trained.model, trained.params, batch, width + blocks * BLOCK)
+
+    room = np.array([min(max_new_tokens, context - len(p)) for p in prompts])
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    answers: list[Answer | None] = [None] * len(prompts)
+    for block in range(blocks):
+        done = jnp.array([answer is not None for answer in answers])
+        drawn, logits, cache = decode(trained.model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end)
+        for i, row in enumerate(np.asarray(drawn)):
+            if answers[i] is None:
+                tokens[i].extend(row.tolist())
+                answers[i] = _finished(trained.tokenizer, tokens[i], room[i], stop, end)
+        if all(answers):
+            break
+    return answers
+
+
+def _finished(tokenizer, tokens: list[int], room: int, stop: Sequence[str], end: int) -> Answer | None:
+    """-> the Answer, if these tokens hold its end. Text is cut before a stop string."""
+    kept, finish = tokens[:room], "length" if len(tokens) >= room else None
+    if end in kept:
+        kept, finish = kept[: kept.index(end)], "stop"
+    text = tokenizer.decode(kept)
+    cuts = [text.index(s) for s in stop if s in text]
+    if cuts:
+        text, finish = text[: min(cuts)], "stop"
+    return Answer(text, tuple(kept), finish) if finish else None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots"))
+def prefill(model: GPT4V, params, batch: batch_lib.Batch, slots: int):
+    """-> (logits [B,V] after each row's last real position, a cache with room for `slots` positions)."""
+    cache = attention.empty_cache(model.config.backbone, batch.tokens.shape[0], slots)
+    hidden, cache, _ = model.apply({"params": params}, batch, cache)
+    last = jnp.sum(batch.document > 0, axis=1) - 1
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return model.apply({"params": params}, hidden, method="logits"), cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "end"), donate_argnames="cache")
+def decode(model: GPT4V, params, logits, cache, keys, done, first, sampling: sample.Sampling, end: int):
+    """Draws up to BLOCK tokens a row, and stops early when all rows are done.
+
+    -> (tokens [B,BLOCK], the logits after them, cache). first: tokens drawn before; token n is drawn by key
+    fold_in(key, n), so that it depends on the row's seed and on n alone.
+    """
+    rows = logits.shape[0]
+
+    def go_on(carry):
+        n, _, _, _, done = carry
+        return (n < BLOCK) & ~done.all()
+
+    def one(carry):
+        n, tokens, logits, cache, done = carry
+        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, first + n)
+        token = sample.draw(logits, token_keys, sampling)
+        logits, cache = step(model, params, token, cache)
+        return n + 1, tokens.at[:, n].set(token), logits, cache, done | (token == end)
+
+    start = (jnp.int32(0), jnp.full((rows, BLOCK), end, jnp.int32), logits, cache, done)
+    _, tokens, logits, cache, _ = jax.lax.while_loop(go_on, one, start)
+    return tokens, logits, cache
+
+
+def step(model: GPT4V, params, token_B, cache: attention.Cache):
+    """Appends one token a row -> (logits [B,V] after it, cache)."""
+    token_B1 = token_B[:, None]
+    batch = batch_lib.Batch(
+        tokens=token_B1,
+        slot=jnp.full_like(token_B1, -1),
+        position=cache.next_position[:, None],
+        document=jnp.ones_like(token_B1),
+        ar=jnp.ones_like(token_B1, bool),
+        target=jnp.zeros_like(token_B1),
+        weight=jnp.zeros_like(token_B1, jnp.float32),
+    )
+    hidden, cache, _ = model.apply({"params": params}, batch, cache)
+    return model.apply({"params": params}, hidden[:, 0], method="logits"), cache

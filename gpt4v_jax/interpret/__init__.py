@@ -1,0 +1,1 @@
+"""What a model looks at, from its named outputs; nothing hooks into it."""

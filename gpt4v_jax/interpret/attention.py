@@ -1,0 +1,32 @@
+"""Attention maps, computed again from the q and k that the model returns under `capture`."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from gpt4v_jax.data import chat, packing
+from gpt4v_jax.model import attention
+from gpt4v_jax.training.workdir import Trained
+
+
+def over_picture(trained: Trained, document: chat.Document, picture: np.ndarray, query: int) -> np.ndarray:
+    """-> [depth, rows, columns]: how much position `query` of a document looks at each patch of its first picture.
+
+    Mean over heads of the layer's attention weights; a layer's map sums to the share that the picture gets.
+    """
+    layout = dataclasses.replace(trained.layout, items=1)
+    batch = packing.stack([packing.fill([document], lambda key: picture, layout)])
+    model = trained.model.clone(layout=layout)
+    _, _, out = jax.jit(model.apply, static_argnames="capture")({"params": trained.params}, batch, capture=True)
+    step = np.cumsum(batch.ar, axis=1)
+    one = slice(query, query + 1)
+    mask = attention.visible(attention.Sight(batch.document[:, one], step[:, one], batch.document, step))
+    first, c = document.pictures[0][0], trained.run.model.backbone
+    maps = []
+    for i in range(c.depth):
+        q, k = out[f"block_{i}/query"][:, one], out[f"block_{i}/key"]
+        q = q.reshape(1, 1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
+        w = np.asarray(attention.weights(q, k, mask))[0].mean((0, 1))[0]
+        maps.append(w[first : first + layout.grid**2].reshape(layout.grid, layout.grid))
+    return np.stack(maps)
