@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 
 
 class InputError(Exception):
@@ -246,6 +246,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     """
     try:
         _parse_flags(required)
+        logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their life at INFO and WARNING
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -135,8 +135,8 @@ def summary(run, layout, params, mesh, source, tokenizer, start) -> str:
         f"a step      {run.batch} rows x {run.model.context} = {run.batch * run.model.context:,} positions, "
         f"{step_flops / 1e9:,.1f} GFLOP (attention counted whole)",
         f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
-        f"data        {run.data.name}: {len(lengths):,} documents, {lengths.sum():,} positions, {media.sum():,} pictures"
-        f" an epoch; vocabulary {tokenizer.vocab}, fusion {run.model.fusion.kind}",
+        f"data        {run.data.name}: {len(lengths):,} documents, {lengths.sum():,} positions, "
+        f"{media.sum():,} pictures an epoch; vocabulary {tokenizer.vocab}, fusion {run.model.fusion.kind}",
         f"steps       {run.steps:,}" + (f", resumed after {start:,}" if start else ""),
     ])  # fmt: skip
 

@@ -53,7 +53,8 @@ def corpus(data: config.Data):
             yield text_of(record["text"])
         else:
             yield text_of(record["caption"])
-            yield from (f"{q} {a}" for _, q, a in questions(record))
+            for _, question, answer in questions(record):
+                yield from (question, answer)
 
 
 def limit(data: config.Data, records: int) -> int:
@@ -126,7 +127,7 @@ class Questions:
     def __init__(self, conversations: Conversations, picture_of=lambda record: record):
         self._source, self._picture_of = conversations, picture_of
         self.items = [
-            (record, turn) for record, turns in enumerate(conversations.turns) for turn in turns if turn.kind != "caption"
+            (i, turn) for i, turns in enumerate(conversations.turns) for turn in turns if turn.kind != "caption"
         ]
         self.picture = conversations.picture
 

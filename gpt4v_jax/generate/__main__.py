@@ -12,8 +12,9 @@ from gpt4v_jax.training import workdir
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run")
 _PROMPT = flags.DEFINE_string("prompt", None, "the question, or the text to go on with")
 _IMAGE = flags.DEFINE_multi_string("image", [], "a picture file; may be given several times")
-_RECORD = flags.DEFINE_string("record", None, 'SPLIT:NUMBER, such as "test:0": the picture of that record of the data set; '
-                              "without --prompt, its first question")  # fmt: skip
+_RECORD = flags.DEFINE_string(
+    "record", None, 'SPLIT:NUMBER, such as "test:0": that record\'s picture and, without --prompt, its first question'
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "at most so many tokens")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "draw among the k most probable tokens; 0 is all")
@@ -32,7 +33,7 @@ def main() -> None:
     size = workdir.load_config(folder).model.image.size
     if (_IMAGE.value or _RECORD.value) and not size:
         raise config.InputError(f"the model in --workdir={folder} reads no pictures: leave --image and --record out")
-    pictures = [transforms.load_picture(path, size) for path in _IMAGE.value]  # before the model: a bad file is said at once
+    pictures = [transforms.load_picture(path, size) for path in _IMAGE.value]  # a bad file is said at once
     trained = workdir.restore(folder, _STEP.value)
     question, truth = _PROMPT.value, None
     if _RECORD.value:

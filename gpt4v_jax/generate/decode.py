@@ -21,6 +21,7 @@ from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training.workdir import Trained
 
 BLOCK = 16  # tokens decoded between two looks at the text, for stop strings
+GREEDY = sample.Sampling()
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 
 
@@ -47,7 +48,7 @@ def generate(
     prompts: Sequence[chat.Document],
     pictures: Sequence[np.ndarray] = (),
     max_new_tokens: int = 64,
-    sampling: sample.Sampling = sample.Sampling(),
+    sampling: sample.Sampling = GREEDY,
     seeds: Sequence[int] = (),
     stop: Sequence[str] = (),
 ) -> list[Answer]:
@@ -78,7 +79,9 @@ def generate(
     answers: list[Answer | None] = [None] * len(prompts)
     for block in range(blocks):
         done = jnp.array([answer is not None for answer in answers])
-        drawn, logits, cache = decode(trained.model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end)
+        drawn, logits, cache = decode(
+            trained.model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end
+        )
         for i, row in enumerate(np.asarray(drawn)):
             if answers[i] is None:
                 tokens[i].extend(row.tolist())

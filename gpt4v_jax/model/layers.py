@@ -1,7 +1,8 @@
 """The layers that own parameters; every `self.param` of the project is here.
 
 The alphabet of shapes, used in names (x_BTD) and comments throughout:
-B batch, T stream, S segment, D width, N heads, K kv-heads, H head dim, F hidden, V vocabulary, M patches, p values a patch.
+B batch, T stream, S segment, D width, N heads, K kv-heads, G = N / K, H head dim, F hidden, V vocabulary, M patches,
+p values a patch.
 """
 
 import math

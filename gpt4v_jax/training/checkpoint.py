@@ -4,7 +4,6 @@
 generation read them without knowing the optimizer.
 """
 
-import logging
 from pathlib import Path
 
 import jax
@@ -14,8 +13,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from gpt4v_jax import config, sharding
 from gpt4v_jax.training.step import State
-
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells its life at level INFO and WARNING
 
 
 class Checkpoints:

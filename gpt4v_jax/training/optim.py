@@ -41,7 +41,7 @@ def make(c: config.Optim, steps: int, params) -> optax.GradientTransformation:
     if c.name == "adamw":
         tx = optax.adamw(lr, c.b1, c.b2, weight_decay=c.weight_decay, mask=decay)
     else:
-        # consistent_rms makes a Muon update as large as AdamW's, so that one learning rate serves both (Liu et al. 2025)
+        # consistent_rms makes a Muon update as large as AdamW's: one learning rate serves both (Liu et al. 2025)
         tx = contrib.muon(
             lr, beta=c.momentum, weight_decay=c.weight_decay, weight_decay_mask=decay, adam_b1=c.b1, adam_b2=c.b2,
             adam_weight_decay=0.0, muon_weight_dimension_numbers=_matrices, consistent_rms=0.2,
