@@ -18,6 +18,7 @@ os.environ.pop("GPT4V_DATA_DIR", None)
 os.environ.pop("GPT4V_CACHE_DIR", None)
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from gpt4v_jax import config  # noqa: E402
@@ -27,7 +28,7 @@ from gpt4v_jax import config  # noqa: E402
 def no_mesh():
     """A run leaves its mesh set: each test starts without one."""
     yield
-    jax.set_mesh(jax.sharding.Mesh([], ()))
+    jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,8 @@ def quiet():
 def prepare(name: str, cache: str, raw_dir: str = ""):
     """-> the tfds builder of `name`, such as "digits_world" or, with a config, "digits_world/small", its records on
     disk below `cache`. Records that are there are used again; else they are made, from files in `raw_dir` if it needs
-    any, and one line is printed. TFDS writes beside the place and renames at the end: an interrupted call leaves nothing that looks done."""
+    any, and one line is printed. TFDS writes beside the place and renames at the end: an interrupted call leaves
+    nothing that looks done, and two calls at once do no harm."""
     import tensorflow_datasets as tfds
 
     name, _, config = name.partition("/")
@@ -61,6 +62,9 @@ def prepare(name: str, cache: str, raw_dir: str = ""):
             builder.download_and_prepare(download_config=download, file_format="array_record")
     except FileExistsError:  # another process was faster, with equal records
         builder = cls(data_dir=cache, config=config or None, file_format="array_record")
+    except BaseException:
+        print("failed", flush=True)
+        raise
     if not builder.is_prepared():
         raise InputError(f"{builder.data_dir} is in the way: it holds no complete data set. Remove it and start again")
     sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())

@@ -131,8 +131,8 @@ def sample_colours(rng: np.random.Generator, names: list[str], held_out: bool) -
         if held_out:
             forced = rng.random(len(names)) < 0.5
             forced[rng.integers(len(names))] = True
-            colours = [HELD_OUT[n] if f else c for n, c, f in zip(names, colours, forced)]
-        elif any(HELD_OUT[n] == c for n, c in zip(names, colours)):
+            colours = [HELD_OUT[n] if f else c for n, c, f in zip(names, colours, forced, strict=True)]
+        elif any(HELD_OUT[n] == c for n, c in zip(names, colours, strict=True)):
             continue
         if len(set(colours[:digits])) == digits and len(set(colours[digits:])) == len(names) - digits:
             return colours
@@ -143,7 +143,7 @@ def sample_scene(rng: np.random.Generator, scans_of_class: tuple[np.ndarray, ...
     colours = sample_colours(rng, names, held_out)
     cells = rng.permutation(9)[: len(names)]
     things = []
-    for name, colour, cell in zip(names, colours, cells):
+    for name, colour, cell in zip(names, colours, cells, strict=True):
         row, column = divmod(int(cell), 3)
         scan, size, angle = -1, rng.uniform(16, 20), 0.0
         if name in DIGITS:
@@ -304,8 +304,8 @@ def candidates(scene: Scene, held_out: bool = False) -> list[Question]:
 
 
 def choose(found: list[Question], used: collections.Counter, rng: np.random.Generator, held_out: bool = False):
-    """Picks a scene's questions, always what was least used so far: the kind, then the template, then the outcome in the
-    template, then the answer's share of the answers to this very question. `used` counts all that, over the split.
+    """Picks a scene's questions, always what was least used so far: the kind, then the template, then the outcome in
+    the template, then the answer's share of the answers to this very question. `used` counts all that over the split.
     `held_out`: questions about HELD_OUT pairs come first within a kind.
     -> up to 8 Questions, at most 2 of a kind, in random order."""
     of_kind = collections.defaultdict(list)

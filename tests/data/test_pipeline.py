@@ -1,0 +1,60 @@
+"""The data position is one integer: what a step holds depends on nothing else."""
+
+import jax
+import numpy as np
+import pytest
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
+from gpt4v_jax.data import packing, pipeline
+from tests import tiny
+
+LAYOUT = batch_lib.layout(tiny.make_config(context=24), config.Data(media=2))
+
+
+class Source:
+    """Documents of several lengths, which change with the epoch."""
+
+    def __init__(self, texts=("U1 A2", "I U2 A3", "U4 A6", "U1 I A1", "U2 A1 U1 A1", "I I U1 A1")):
+        self.texts = texts
+        self.picture = tiny.picture
+
+    def document(self, epoch, i):
+        return tiny.document(self.texts[i], LAYOUT, seed=epoch * 100 + i)
+
+    def sizes(self, epoch):
+        documents = [self.document(epoch, i) for i in range(len(self.texts))]
+        return np.array([len(d) for d in documents]), np.array([len(d.pictures) for d in documents])
+
+
+def stream(start, stop, threads=0, source=None):
+    source = source or Source()
+    plan = packing.RowPlan(source.sizes, LAYOUT, seed=5)
+    return list(pipeline.batches(source, plan, LAYOUT, 2, start, stop, threads))
+
+
+@pytest.mark.parametrize("start, threads", [(0, 2), (3, 0), (5, 2), (8, 0)])
+def test_from_any_step_the_stream_is_the_same(start, threads):
+    whole, part = stream(0, 8), stream(start, 8, threads)
+    assert len(part) == 8 - start
+    for expected, batch in zip(whole[start:], part, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, expected, batch)
+    assert any((whole[0].tokens != later.tokens).any() for later in whole[1:])
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_batch_without_a_trained_token_is_refused(threads):
+    with pytest.raises(config.InputError, match="step 0: no token of the batch is trained"):
+        stream(0, 2, threads, Source(texts=("U3", "I U1")))
+
+
+def test_all_rows_reads_every_document_once():
+    source, seen = Source(), []
+    for batch, documents in pipeline.all_rows(source, LAYOUT, rows=4):
+        assert batch.tokens.shape == (4, 24) and len(documents) == 4
+        for row, numbers in enumerate(documents):
+            seen += numbers
+            for k, number in enumerate(numbers, 1):
+                tokens = batch.tokens[row][batch.document[row] == k]
+                np.testing.assert_array_equal(tokens, source.document(0, number).tokens)
+    assert sorted(seen) == list(range(6))

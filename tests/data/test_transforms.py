@@ -1,0 +1,132 @@
+"""Pictures of every kind, and files that are none."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpt4v_jax import config
+from gpt4v_jax.data import transforms
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+
+
+def encoded(picture, kind="png", **options) -> bytes:
+    file = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def decoded(data: bytes, size=8) -> np.ndarray:
+    pixels = transforms.decode_picture(data, size)
+    assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
+    return pixels
+
+
+def huge(side: int) -> bytes:
+    """A PNG file of side x side pixels of which nothing but the header is there: it could not be decoded."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", b"\0"), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+PNG = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+BAD = {
+    "text": (b"this is no picture", "not a picture"),
+    "empty": (b"", "not a picture"),
+    "truncated png": (PNG[: len(PNG) // 2], "damaged"),
+    "truncated jpeg": (encoded(Image.open(io.BytesIO(PNG)), "jpeg")[:900], "damaged"),
+    "header alone": (PNG[:30], "picture"),
+    "12000 x 12000": (huge(12000), "12000x12000 is more than"),
+    "20000 x 20000": (huge(20000), "20000x20000 is more than"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named(name, tmp_path):
+    data, message = BAD[name]
+    path = tmp_path / "the picture.png"
+    path.write_bytes(data)
+    with pytest.raises(config.InputError, match=message) as error:
+        transforms.load_picture(path, 8)
+    assert str(path) in str(error.value) and "0x" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for path in (tmp_path / "absent.png", tmp_path):
+        with pytest.raises(config.InputError, match=str(path)):
+            transforms.load_picture(path, 8)
+
+
+def test_any_damage_is_an_input_error():
+    """Bytes flipped anywhere: a picture or an InputError, nothing else."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (PNG, encoded(RGB, "jpeg", exif=exif), encoded(RGB, "gif"), encoded(RGB, "webp"), encoded(RGB, "tiff")):
+        for _ in range(40):
+            damaged = bytearray(data)
+            for at in rng.integers(0, len(data), 3):
+                damaged[at] = rng.integers(256)
+            try:
+                decoded(bytes(damaged))
+            except config.InputError as error:
+                assert "0x" not in str(error)
+
+
+def test_plain_rgb_is_resized_only():
+    square = RGB[:, :6]
+    np.testing.assert_array_equal(decoded(encoded(square), 6), square)
+    np.testing.assert_array_equal(
+        decoded(encoded(RGB), 4), Image.fromarray(RGB).resize((4, 4), Image.Resampling.BICUBIC)
+    )
+
+
+def test_one_pixel():
+    np.testing.assert_array_equal(decoded(encoded(np.full((1, 1, 3), 77, np.uint8))), 77)
+
+
+def test_16_bit_grey_keeps_its_range():
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    pixels = decoded(encoded(grey))
+    np.testing.assert_allclose(pixels, np.repeat(grey[..., None] / 257, 3, axis=2), atol=1)
+
+
+def test_cmyk_jpeg():
+    orange = Image.new("RGB", (8, 8), (250, 120, 10)).convert("CMYK")
+    np.testing.assert_allclose(decoded(encoded(orange, "jpeg", quality=95))[4, 4], (250, 120, 10), atol=12)
+
+
+def test_palette_with_transparency_lies_on_white():
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([0, 0, 0, 200, 30, 40])
+    picture.paste(0, (0, 0, 4, 8))
+    pixels = decoded(encoded(picture, transparency=0))
+    np.testing.assert_array_equal(pixels[:, :4], 255)
+    np.testing.assert_array_equal(pixels[:, 4:], np.broadcast_to((200, 30, 40), (8, 4, 3)))
+
+
+@pytest.mark.parametrize("mode, value, expected", [
+    ("1", 1, 255), ("L", 90, 90), ("LA", (90, 0), 255), ("RGBA", (10, 20, 30, 0), 255),
+    ("RGBA", (10, 20, 30, 255), (10, 20, 30)), ("I;16", 257 * 60, 60),
+])  # fmt: skip
+def test_modes(mode, value, expected):
+    pixels = decoded(encoded(Image.new(mode, (4, 4), value)))
+    np.testing.assert_array_equal(pixels, np.broadcast_to(np.uint8(expected), pixels.shape))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_equals_rotated_pixels(orientation):
+    """What a camera writes for each orientation, worked out by hand: shown upright, all are the same picture."""
+    stored = {1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.swapaxes(0, 1),
+              6: np.rot90(RGB, 1), 7: RGB[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(RGB, -1)}[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    rotated = encoded(np.ascontiguousarray(stored), exif=exif)
+    np.testing.assert_array_equal(decoded(rotated), decoded(encoded(RGB)))
+    if orientation > 1:
+        assert (decoded(rotated) != decoded(encoded(np.ascontiguousarray(stored)))).any()

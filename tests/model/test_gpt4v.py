@@ -1,0 +1,196 @@
+"""The whole model: who sees whom (by gradients), packing, every variant's first loss, pictures, the cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax.model import attention, fusion
+from gpt4v_jax.training import objectives
+from gpt4v_jax.training import step as step_lib
+from tests import tiny
+
+T = 24
+ROWS = {
+    "text": ("U4 A6 U2 A5",),
+    "picture in mid-stream": ("U2 A2 U1 I A4",),
+    "pictures side by side": ("U1 I I A4",),
+    "picture first and last": ("I U2 A3 I",),
+    "packed": ("I U2 A3", "U1 I A2"),
+    "packed text": ("U2 A3", "U1 A2", "U1 A1"),
+}
+
+
+def allowed(batch: batch_lib.Batch, row: int = 0) -> np.ndarray:
+    """[T,T]: does the mask law let position t see position u? From the row's documents and blocks, by hand."""
+    document, block = batch.document[row], np.cumsum(batch.ar[row])
+    law = np.zeros((T, T), bool)
+    for t in range(T):
+        for u in range(T):
+            law[t, u] = document[t] != 0 and document[t] == document[u] and block[u] <= block[t]
+    return law
+
+
+@functools.cache
+def influence_of(kind: str, position: str):
+    """-> (model, f), f(batch) [T,T,D] = d (random projection of logit_t) / d (vector u of the embedded stream)."""
+    model, params = tiny.make_model(tiny.make_config(kind, context=T, position=position))
+    direction = jax.random.normal(jax.random.key(1), (tiny.VOCAB,))
+
+    def influence(batch):
+        def projected(added):
+            with pytest.MonkeyPatch.context() as patch:
+                real = fusion.KINDS[kind]
+                patch.setitem(fusion.KINDS, kind, lambda *a: batch_lib.Fused(real(*a).stream + added))
+                return step_lib.forward(model, params, batch)[0] @ direction
+
+        return jax.jacrev(projected)(jnp.zeros((T, model.config.backbone.width)))
+
+    return model, jax.jit(influence)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("kind, position", [("concat", "rope"), ("prefix_lm", "learned")])
+def test_causality_by_gradient(kind, position, name):
+    model, influence = influence_of(kind, position)
+    batch = tiny.rows(model.layout, ROWS[name])
+    moved = np.asarray(influence(batch))
+    assert np.isfinite(moved).all()
+    moved, law = (moved != 0).any(-1), allowed(batch)
+    # What is added at u stays in u's residual stream, though padding sees nobody, not even itself.
+    np.testing.assert_array_equal(moved, law | np.eye(T, dtype=bool))
+    ahead = np.triu(law, 1).any()
+    assert ahead == ("picture" in name or name == "packed" or kind == "prefix_lm"), "the row tests what it should"
+
+
+def test_prefix_lm_sees_picture_and_prompt_whole():
+    """The law that the gradients obey is the right one: in prefix_lm all before the first trained token is one block."""
+    model, _ = influence_of("prefix_lm", "learned")
+    law = allowed(tiny.rows(model.layout, ("I U2 A3 U1 A1",)))
+    expected = np.tril(np.ones((T, T), bool))
+    expected[:8, :8] = True  # 4 patches, <user>, two tokens, <assistant>
+    expected[15:] = expected[:, 15:] = False
+    np.testing.assert_array_equal(law, expected)
+
+
+@pytest.mark.parametrize("kind", ["concat", "prefix_lm"])
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_picture_moves_what_may_see_it(kind, encoder):
+    """Another second picture, or a black one, changes logits just where the mask law allows."""
+    model, params = tiny.make_model(tiny.make_config(kind, context=T, encoder=encoder))
+    forward = jax.jit(lambda batch: step_lib.forward(model, params, batch)[0])
+    batch = tiny.rows(model.layout, ("U1 I A2", "U1 A1 I A3"))
+    before = np.asarray(forward(batch))
+    first = batch.image.at[0, 1]
+    assert first == 16 and batch.tokens[0, first] == tiny.SPECIAL["<image>"]
+    for pixels in (0, 255 - batch.image.patch[0, 4:]):
+        patch = batch.image.patch.copy()
+        patch[0, 4:] = pixels
+        changed = (np.asarray(forward(batch.replace(image=batch.image.replace(patch=patch)))) != before).any(-1)
+        np.testing.assert_array_equal(changed, allowed(batch)[:, first])
+        assert changed.any() and not changed[:first].any()
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("kind", ["concat", "prefix_lm"])
+def test_packed_rows_equal_separate_rows(kind, position):
+    model, params = tiny.make_model(tiny.make_config(kind, context=T, position=position))
+    texts = ("I U2 A3", "U1 I A2")
+    logits = jax.jit(lambda batch: step_lib.forward(model, params, batch))
+    packed = logits(tiny.rows(model.layout, texts))[0]
+    separate = logits(tiny.rows(model.layout, *[(text,) for text in texts]))
+    lengths = [len(tiny.document(text, model.layout)) for text in texts]
+    np.testing.assert_allclose(packed[: lengths[0]], separate[0, : lengths[0]], atol=1e-5)
+    np.testing.assert_allclose(packed[lengths[0] : sum(lengths)], separate[1, : lengths[1]], atol=1e-5)
+
+
+# Every pair of values of two settings occurs in some row.
+VARIANTS = [
+    # norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder
+    ("rms", "gelu", False, 2, False, True, "rope", "concat", False),
+    ("rms", "gelu_tanh", True, 1, True, False, "learned", "prefix_lm", True),
+    ("rms", "swiglu", False, 1, False, False, "learned", "concat", True),
+    ("layer", "gelu", True, 1, True, False, "rope", "prefix_lm", False),
+    ("layer", "gelu_tanh", False, 2, True, True, "learned", "concat", False),
+    ("layer", "swiglu", True, 2, False, True, "rope", "prefix_lm", True),
+]
+
+
+@pytest.mark.parametrize("norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder", VARIANTS)
+def test_variants_start_at_ln_v_and_train_every_parameter(
+    norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder
+):
+    model, params = tiny.make_model(tiny.make_config(
+        kind, encoder=encoder, init_std=0.02, tied=tied, position=position, norm=norm, activation=activation, bias=bias,
+        kv_heads=kv_heads, qk_norm=qk_norm,
+    ))  # fmt: skip
+    batch = tiny.rows(model.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
+
+    def loss(params):
+        total, weight = objectives.next_token(step_lib.forward(model, params, batch), batch)["loss"]
+        return total / weight
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    assert abs(float(value) / np.log(tiny.VOCAB) - 1) < 0.05
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert np.isfinite(grad).all(), path
+        # A bias of all keys shifts all scores of a query alike, which softmax does not see: no gradient but with rope.
+        assert np.abs(grad).max() > 0 or path.endswith("key/bias"), path
+
+
+def test_pairs_of_settings_are_covered():
+    for i in range(9):
+        for j in range(i):
+            seen = {(row[i], row[j]) for row in VARIANTS}
+            assert len(seen) == len({row[i] for row in VARIANTS}) * len({row[j] for row in VARIANTS}), (i, j)
+
+
+@pytest.mark.parametrize("kind", ["concat", "prefix_lm"])
+def test_cached_decoding_equals_the_whole(kind):
+    """A prefill that ends where a block ends, a second chunk with a picture, then tokens one by one."""
+    model, params = tiny.make_model(tiny.make_config(kind, context=T, kv_heads=1))
+    whole = tiny.rows(model.layout, ("I U2 A3 U1 I A4",), ("U3 A2 U1 A1 U1 A1",))
+    hidden = jax.jit(lambda batch: model.apply({"params": params}, batch)[0])(whole)
+    append = jax.jit(lambda batch, cache: model.apply({"params": params}, batch, cache)[:2])
+    cache = attention.empty_cache(model.config.backbone, 2, T)
+    stream = ("tokens", "slot", "position", "document", "ar", "target", "weight")
+    for start, stop in [(0, 15), (15, 19), *((t, t + 1) for t in range(19, T))]:
+        part = whole.replace(**{name: getattr(whole, name)[:, start:stop] for name in stream}, image=None)
+        if start in (0, 15):  # these chunks have row 0's first and second picture, alone
+            items = slice(0, 1) if start == 0 else slice(1, 2)
+            patches = slice(4 * items.start, 4 * items.stop)
+            image = batch_lib.Media(
+                patch=whole.image.patch[:, patches], index=whole.image.index[:, patches],
+                item=np.minimum(whole.image.item[:, patches], 1),
+                at=np.where(whole.image.at[:, items] >= 0, whole.image.at[:, items] - start, -1),
+            )  # fmt: skip
+            part = part.replace(slot=np.where(part.slot >= 0, part.slot - patches.start, -1), image=image)
+        new, cache = append(part, cache)
+        real = (part.document > 0)[..., None]
+        np.testing.assert_allclose(new * real, hidden[:, start:stop] * real, atol=1e-5)
+    np.testing.assert_array_equal(cache.next_position[:, 0], (whole.document > 0).sum(1))
+
+
+def test_captured_queries_and_keys_give_the_attention():
+    model, params = tiny.make_model(tiny.make_config(context=T))
+    batch = tiny.rows(model.layout, ("I U2 A3",))
+    _, _, out = jax.jit(lambda b: model.apply({"params": params}, b, capture=True))(batch)
+    assert set(out) == {f"block_{i}/{name}" for i in range(2) for name in ("query", "key")}
+    q, k = out["block_1/query"], out["block_1/key"]
+    law = jnp.array(allowed(batch))[None]
+    w = np.asarray(attention.weights(q[:, :, :, None], k, law)[0, :, 0])
+    np.testing.assert_array_equal(w > 0, np.broadcast_to(law, w.shape))
+    np.testing.assert_allclose(w.sum(-1), np.broadcast_to(law[0].any(-1), w.shape[:2]), atol=1e-5)
+
+
+def test_dropout_draws_from_the_key_alone():
+    model, params = tiny.make_model(tiny.make_config(dropout=0.5))
+    batch = tiny.rows(model.layout, ("I U2 A3",))
+    forward = jax.jit(lambda key: step_lib.forward(model, params, batch, key))
+    one, again, other = (forward(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other) and not np.allclose(one, step_lib.forward(model, params, batch))

@@ -1,0 +1,59 @@
+"""Pictures: patches and a linear map are a convolution; an encoder attends within one picture."""
+
+import jax
+import numpy as np
+import pytest
+
+from gpt4v_jax.data import packing
+from gpt4v_jax.model.image import ImageEmbed, PatchEmbed
+from tests import tiny
+
+
+def test_patches_and_linear_are_a_convolution():
+    size, patch, width = 6, 2, 5
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    image = tiny.make_config(size=size).image
+    index = np.zeros((1, 9, 3), np.int32)
+    index[0, :, 1:] = [(row, column) for row in range(3) for column in range(3)]
+    embed = PatchEmbed(image, width, 0.5)
+    variables = embed.init(jax.random.key(0), packing.patchify(picture, patch)[None], index)
+    params = jax.tree.map(np.asarray, variables["params"])
+    kernel = params["embed"]["kernel"].reshape(patch, patch, 3, width)
+    bias = np.arange(width)
+    params["embed"]["bias"] = bias.astype(np.float32)
+    x = embed.apply({"params": params}, packing.patchify(picture, patch)[None], index)[0]
+
+    pixels = picture / 127.5 - 1  # -1 to 1
+    for row in range(3):
+        for column in range(3):
+            window = pixels[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            convolved = (window[..., None] * kernel).sum((0, 1, 2)) + bias
+            position = params["position"]["table"][row * 3 + column]
+            np.testing.assert_allclose(x[row * 3 + column], convolved + position, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_picture_is_encoded_alone(encoder):
+    """Of a row's two pictures, pixels of one change features of that one: with an encoder all, without the patch's."""
+    model, params = tiny.make_model(tiny.make_config(encoder=encoder))
+    embed = ImageEmbed(model.config)
+    batch = tiny.rows(model.layout, ("I U1", "I A1"))
+    step = np.cumsum(batch.ar, axis=1)
+    features = jax.jit(lambda media: embed.apply({"params": params["image"]}, media, batch.document, step).x[0])
+    patch = batch.image.patch.copy()
+    patch[0, 5] ^= 255  # the second picture's second patch
+    changed = (features(batch.image) != features(batch.image.replace(patch=patch))).any(-1)
+    np.testing.assert_array_equal(changed, [False] * 4 + ([True] * 4 if encoder else [False, True, False, False]))
+
+
+def test_where_a_picture_lies():
+    """A picture takes the document and the step of its first placeholder; an unused place has document 0."""
+    model, params = tiny.make_model(tiny.make_config())
+    batch = tiny.rows(model.layout, ("U1 A1", "U2 I A1"))
+    step = np.cumsum(batch.ar, axis=1)
+    segment = ImageEmbed(model.config).apply({"params": params["image"]}, batch.image, batch.document, step)
+    first = int(batch.image.at[0, 0])
+    np.testing.assert_array_equal(batch.tokens[0, first - 1 : first + 5], [3, 4, 4, 4, 4, batch.tokens[0, first + 4]])
+    np.testing.assert_array_equal(segment.document, [[2] * 4 + [0] * 4])
+    np.testing.assert_array_equal(segment.step, [[step[0, first]] * 4 + [0] * 4])
+    np.testing.assert_array_equal(segment.item, [[1] * 4 + [0] * 4])

@@ -1,0 +1,84 @@
+"""Each layer against its formula in numpy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4v_jax.model import layers
+
+
+def made(layer, x, seed=0):
+    """-> (output, parameters drawn anew, so that biases and scales are not their initial 0 and 1)."""
+    params = layer.init(jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda p: jnp.array(rng.normal(size=p.shape), jnp.float32), params)
+    return layer.apply({"params": params}, x), jax.tree.map(np.asarray, params)
+
+
+X = np.random.default_rng(1).normal(size=(2, 3, 4, 5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("inputs, outputs, einsum", [
+    ((5,), (6,), "abcH,HF->abcF"),
+    ((5,), (2, 3), "abcH,HXY->abcXY"),
+    ((4, 5), (6,), "abNH,NHD->abD"),
+])  # fmt: skip
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(inputs, outputs, einsum, bias):
+    y, params = made(layers.Linear(inputs, outputs, bias), X)
+    expected = np.einsum(einsum, X, params["kernel"]) + (params["bias"] if bias else 0)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_linear_refuses_another_width():
+    with pytest.raises(ValueError, match=r"expected \[\.\.\., \(4,\)\], got \(2, 3, 4, 5\)"):
+        made(layers.Linear((4,), (6,)), X)
+
+
+def test_norms():
+    y, params = made(layers.Norm("rms", 1e-6), X)
+    np.testing.assert_allclose(y, X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * params["scale"], atol=1e-5)
+    y, params = made(layers.Norm("layer", 1e-6), X)
+    mean, deviation = X.mean(-1, keepdims=True), np.sqrt(X.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(y, (X - mean) / deviation * params["scale"] + params["bias"], atol=1e-5)
+    zeros = jnp.zeros((1, 4))
+    assert (layers.Norm("rms", 1e-6).apply({"params": {"scale": jnp.ones(4)}}, zeros) == 0).all()
+
+
+@pytest.mark.parametrize("activation, act", [
+    ("gelu", lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))),
+    ("gelu_tanh", lambda x: x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
+    ("swiglu", None),
+])  # fmt: skip
+def test_mlp(activation, act):
+    x = X[0]
+    y, params = made(layers.MLP(7, activation, bias=True, std=0.1, out_std=0.1), x)
+    up = x @ params["up"]["kernel"] + params["up"]["bias"]
+    if activation == "swiglu":
+        gate = x @ params["gate"]["kernel"] + params["gate"]["bias"]
+        hidden = up * gate / (1 + np.exp(-gate))
+    else:
+        hidden = act(up)
+    np.testing.assert_allclose(y, hidden @ params["down"]["kernel"] + params["down"]["bias"], atol=1e-4)
+
+
+def test_table():
+    ids = np.array([[2, 0, 2]])
+    layer = layers.Table(3, 4)
+    x, params = made(layer, ids)
+    np.testing.assert_array_equal(x, params["table"][ids])
+    logits = layer.apply({"params": params}, x, method="attend")
+    np.testing.assert_allclose(logits, np.asarray(x) @ params["table"].T, atol=1e-5)
+
+
+def test_dropout():
+    x, key = jnp.ones((200, 200)), jax.random.key(0)
+    y = layers.dropout(x, 0.25, key)
+    np.testing.assert_allclose(np.unique(y), [0, 4 / 3], rtol=1e-6)
+    assert abs(float((y == 0).mean()) - 0.25) < 0.01  # 4.6 standard deviations
+    np.testing.assert_array_equal(y, layers.dropout(x, 0.25, key))
+    assert (y != layers.dropout(x, 0.25, jax.random.key(1))).any()
+    assert layers.dropout(x, 0.25, None) is x and layers.dropout(x, 0.0, key) is x
