@@ -94,6 +94,7 @@ class Model:
     position: str = "rope"  # rope | learned
     tied: bool = True  # the head is the embedding table
     init_std: float = 0.02
+    embed_norm: bool = False  # norm of the fused stream: every modality enters the blocks at one scale
     backbone: Backbone = Backbone()
     image: Image = Image()
     fusion: Fusion = Fusion()

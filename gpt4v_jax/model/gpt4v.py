@@ -17,7 +17,7 @@ from gpt4v_jax import config
 from gpt4v_jax.model import attention, fusion
 from gpt4v_jax.model.backbone import Backbone
 from gpt4v_jax.model.image import ImageEmbed
-from gpt4v_jax.model.layers import Linear
+from gpt4v_jax.model.layers import Linear, Norm
 from gpt4v_jax.model.text import TextEmbed
 from gpt4v_jax.sharding import shard
 
@@ -32,6 +32,8 @@ class GPT4V(nn.Module):
         if c.image.size:
             self.image = ImageEmbed(c)
         self.backbone = Backbone(c.backbone, rotary=c.position == "rope", std=c.init_std)
+        if c.embed_norm:
+            self.embed_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
         if not c.tied:
             self.head = Linear((c.backbone.width,), (c.vocab,), std=c.init_std)
 
@@ -57,7 +59,7 @@ class GPT4V(nn.Module):
                 raise ValueError(f"the image embedder made {features} features a row, the layout lays {budget} slots")
         fused = fusion.KINDS[self.config.fusion.kind](segments, batch.slot)
 
-        x = shard(fused.stream, "batch")
+        x = shard(self.embed_norm(fused.stream) if self.config.embed_norm else fused.stream, "batch")
         hidden, kvs, out = self.backbone(x, batch.position[..., 0], sight, cache, key, capture)
         if cache is not None:
             k, v = zip(*kvs, strict=True)

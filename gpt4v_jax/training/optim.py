@@ -58,7 +58,7 @@ def _matrices(params):
 
     def one(path, x):
         name = path_name(path)
-        if "block_" not in name or not name.endswith("kernel"):
+        if not re.search(r"(block_\d+/.*|image/embed)/kernel$", name):
             return None
         inputs = x.ndim - 1 if name.endswith("attention/out/kernel") else 1
         return contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))

@@ -1,6 +1,7 @@
 """Pictures of every kind, and files that are none."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -34,6 +35,7 @@ def huge(side: int) -> bytes:
     )
 
 
+ADDRESS = re.compile(r"0x[0-9a-f]{6}|object at")  # which Pillow puts into its own messages
 PNG = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 BAD = {
     "text": (b"this is no picture", "not a picture"),
@@ -53,7 +55,8 @@ def test_bad_files_are_named(name, tmp_path):
     path.write_bytes(data)
     with pytest.raises(config.InputError, match=message) as error:
         transforms.load_picture(path, 8)
-    assert str(path) in str(error.value) and "0x" not in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not ADDRESS.search(str(error.value))
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -62,6 +65,7 @@ def test_files_that_cannot_be_read(tmp_path):
             transforms.load_picture(path, 8)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on damaged TIFFs
 def test_any_damage_is_an_input_error():
     """Bytes flipped anywhere: a picture or an InputError, nothing else."""
     rng = np.random.default_rng(0)
@@ -75,7 +79,7 @@ def test_any_damage_is_an_input_error():
             try:
                 decoded(bytes(damaged))
             except config.InputError as error:
-                assert "0x" not in str(error)
+                assert not ADDRESS.search(str(error))
 
 
 def test_plain_rgb_is_resized_only():

@@ -67,7 +67,7 @@ def test_causality_by_gradient(kind, position, name):
 
 
 def test_prefix_lm_sees_picture_and_prompt_whole():
-    """The law that the gradients obey is the right one: in prefix_lm all before the first trained token is one block."""
+    """The law that the gradients obey is the right one: all before the first trained token is one block."""
     model, _ = influence_of("prefix_lm", "learned")
     law = allowed(tiny.rows(model.layout, ("I U2 A3 U1 A1",)))
     expected = np.tril(np.ones((T, T), bool))

@@ -1,0 +1,84 @@
+"""The door: keys, types, JSON, and every file in configs/."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from gpt4v_jax import config
+
+FILES = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.name != "__init__.py")
+
+
+def load(path: Path) -> config.Config:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"--config configs/{path.name}" in module.__doc__, "a config opens with its command"
+    return config.from_flag(module.get_config())
+
+
+def test_default_is_the_dataclass():
+    assert config.from_flag(config.default()) == config.Config()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_files(path):
+    run = load(path)
+    assert config.from_json(config.to_json(run)) == run
+
+
+def test_json_round_trip():
+    run = config.Config(
+        steps=7, model=config.Model(image=config.Image(size=32, encoder=config.Backbone(width=64))),
+        eval=config.Eval(evaluators=("questions", "windows")), optim=config.Optim(lr=1e-4),
+    )  # fmt: skip
+    assert config.from_json(config.to_json(run)) == run
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"stepz": 1}, r"unknown config key config.stepz \(did you mean 'steps'\?\)"),
+    ({"model": {"backbone": {"widht": 1}}}, r"unknown config key config.model.backbone.widht .*'width'"),
+    ({"model": {"image": {"encoder": {"dept": 1}}}}, r"config.model.image.encoder.dept .*'depth'"),
+    ({"xyz": 1}, r"unknown config key config.xyz$"),
+    ({"steps": "ten"}, r"config.steps='ten' must be of type int, not str"),
+    ({"steps": 1.5}, r"config.steps=1.5 must be of type int"),
+    ({"steps": True}, r"config.steps=True must be of type int"),
+    ({"steps": None}, r"config.steps=None must be of type int"),
+    ({"optim": {"lr": "1e-3"}}, r"config.optim.lr='1e-3' must be of type float"),
+    ({"model": {"tied": 1}}, r"config.model.tied=1 must be of type bool"),
+    ({"model": 3}, r"config.model=3 must be a section"),
+    ({"model": {"image": {"encoder": 3}}}, r"config.model.image.encoder=3 must be a section"),
+    ({"eval": {"evaluators": "questions"}}, r"config.eval.evaluators='questions' must be a list of str"),
+    ({"eval": {"evaluators": [1]}}, r"config.eval.evaluators=\[1\] must be a list of str"),
+    ({"eval": {"evaluators": 5}}, r"config.eval.evaluators=5 must be a list of str"),
+    ({"optim": {"name": "adam"}}, r"name='adam' is none of adamw, muon \(did you mean 'adamw'\?\)"),
+    ({"model": {"position": "rop"}}, r"position='rop' is none of .*'rope'"),
+    ({"model": {"backbone": {"norm": "batch"}}}, r"norm='batch' is none of rms, layer"),
+    ({"model": {"backbone": {"heads": 4, "kv_heads": 3}}}, r"heads=4 is not a multiple of kv_heads=3"),
+    ({"model": {"image": {"size": 70, "patch": 16}}}, r"size=70 is not a multiple of image.patch=16"),
+])  # fmt: skip
+def test_bad_values(values, message):
+    for form in (values, ml_collections.ConfigDict(values).to_dict()):
+        with pytest.raises(config.InputError, match=message):
+            config.parse(form)
+
+
+def test_values_that_are_taken():
+    run = config.parse({"optim": {"lr": 1}, "eval": {"evaluators": ["windows"]}, "model": {"image": {"encoder": None}}})
+    assert run.optim.lr == 1.0 and isinstance(run.optim.lr, float)
+    assert run.eval.evaluators == ("windows",) and run.model.image.encoder is None
+
+
+def test_derived_sizes():
+    block = config.Backbone(width=96, heads=6)
+    assert (block.kv_heads, block.head_dim, block.hidden) == (6, 16, 384)
+    assert dataclasses.replace(block, kv_heads=2).kv_heads == 2
+
+
+def test_one_of():
+    config.one_of("kind", "a", ("a", "b"))
+    with pytest.raises(config.InputError, match="kind='concta' is none of concat, prefix_lm .did you mean 'concat'"):
+        config.one_of("kind", "concta", ("concat", "prefix_lm"))

@@ -1,0 +1,195 @@
+"""The loop as a whole, on real pictures: resuming, and bad input."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from gpt4v_jax import config, train
+from gpt4v_jax.training import checkpoint, metrics
+
+ROOT = Path(__file__).parent.parent
+CONFIG = '''
+from gpt4v_jax import config as config_lib
+
+def get_config():
+    config = config_lib.default()
+    config.steps, config.batch, config.log_every, config.save_every = 4, 4, 1, 2
+    config.data.update(name="digits_world/small", cache="{cache}", vocab=400, caption=False, turns=2, threads={threads})
+    config.model.context = 128
+    config.model.image.update(size=24, patch=12)
+    config.model.backbone.update(depth=1, width=16, heads=2, dropout=0.1)
+    config.optim.warmup = 2
+    config.eval.update(batch=16, limit=4, every=2, evaluators=("questions",), best="questions/accuracy")
+    return config
+'''
+
+
+class Killed(Exception):
+    pass
+
+
+def run(file: Path, folder: Path, kill_at: int = 0):
+    """Trains as the config file says -> {step: the state that was saved}; it can die when that checkpoint is written."""
+    states = {}
+
+    def save(checkpoints, state, values=None):
+        real(checkpoints, state, values)
+        states[int(state.step)] = jax.device_get(state)
+        if kill_at == int(state.step):
+            checkpoints.wait()
+            raise Killed
+
+    real = checkpoint.Checkpoints.save
+    namespace = {}
+    exec(file.read_text(), namespace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save)
+        try:
+            train.train(config.from_flag(namespace["get_config"]()), folder)
+        except Killed:
+            assert kill_at
+    return states
+
+
+@pytest.fixture(scope="module")
+def file(digits_world, tmp_path_factory):
+    """-> write(threads) -> a config file of the smallest run with pictures, dropout and evaluation."""
+    folder = tmp_path_factory.mktemp("configs")
+
+    def write(threads=0):
+        path = folder / f"tiny_{threads}.py"
+        path.write_text(CONFIG.format(cache=digits_world.cache, threads=threads))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def runs(file, tmp_path_factory):
+    """-> (folder, states) of four steps, and of two steps, a kill, and the same command again."""
+    unbroken, resumed = tmp_path_factory.mktemp("unbroken") / "run", tmp_path_factory.mktemp("resumed") / "run"
+    states = run(file(), unbroken)
+    first = run(file(), resumed, kill_at=2)
+    assert sorted(first) == [2] and sorted(states) == [2, 4]
+    # The second half with reading threads: they change nothing.
+    return (unbroken, states), (resumed, first | run(file(threads=2), resumed))
+
+
+def test_resume_is_bit_equal(runs):
+    (_, unbroken), (_, resumed) = runs
+    for step in (2, 4):
+        jax.tree.map(np.testing.assert_array_equal, resumed[step], unbroken[step])
+    moved = jax.tree.map(lambda a, b: (a != b).any(), unbroken[2].params, unbroken[4].params)
+    assert all(jax.tree.leaves(moved)), "steps 3 and 4 moved every parameter"
+
+
+def test_resume_leaves_no_hole_in_the_metrics(runs):
+    """Every number of every step is there, once, and equal, but for the times."""
+    lines = []
+    for folder, _ in runs:
+        values = {}
+        for line in metrics.read(folder):
+            for name, value in line.items():
+                if name not in ("step", "tokens_per_second", "epoch"):
+                    assert (line["step"], name) not in values, "written twice"
+                    values[line["step"], name] = value
+        lines.append(values)
+    assert {step for step, name in lines[0] if name == "loss"} == {1, 2, 3, 4}
+    assert {step for step, name in lines[0] if name == "questions/accuracy"} == {2, 4}
+    assert lines[1] == lines[0]
+
+
+def test_the_run_on_disk(runs):
+    for folder, _ in runs:
+        names = {path.name for path in folder.iterdir() if not path.name.startswith("events.")}
+        assert names == {"config.json", "environment.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
+        assert list(folder.glob("events.*"))
+        assert config.from_json((folder / "config.json").read_text()).steps == 4
+
+
+def test_the_first_loss_is_ln_v(runs):
+    (folder, _), _ = runs
+    vocab = config.from_json((folder / "config.json").read_text()).model.vocab
+    assert abs(metrics.read(folder)[0]["loss"] / np.log(vocab) - 1) < 0.05
+
+
+def contents(folder: Path) -> dict:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def command(capsys, *args) -> str:
+    """Runs the command in this process -> what it says when it ends with status 2."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            config.run(train.main, required=("config", "workdir"))
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS["config"].value = flags.FLAGS["workdir"].value = None
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in out + err
+    return err
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.stepz=3", ["stepz", "'steps'"]),
+    ("--config.model.backbone.widht=32", ["widht", "'width'"]),
+    ("--config.steps=ten", ["steps", "ten"]),
+    ("--config.optim.name=adam", ["name='adam'", "'adamw'"]),
+    ("--config.data.name=digit_world", ["digit_world", "'digits_world'"]),
+    ("--config.eval.evaluators=('question',)", ["question", "'questions'"]),
+    ("--config.model.fusion.kind=concta", ["concta", "'concat'"]),
+    ("--config.mesh.data=3", ["1 devices", "mesh"]),
+    ("--config.model.image.size=0", ["image.size"]),
+    ("--config.model.context=16", ["positions", "model.context=16"]),
+    ("--config.model.vocab=50", ["token id", "vocabulary of 50"]),
+    ("--config.optim.frozen=nothing", ["'nothing'", "matches no parameter"]),
+    ("stray", ["unexpected argument 'stray'"]),
+])  # fmt: skip
+def test_bad_input(argument, message, file, tmp_path, capsys):
+    error = command(capsys, f"--config={file()}", f"--workdir={tmp_path / 'run'}", argument)
+    assert all(part in error for part in message), error
+    assert not (tmp_path / "run").exists(), sorted((tmp_path / "run").rglob("*"))
+
+
+def test_missing_flags(file, tmp_path, capsys):
+    assert "--workdir is missing" in command(capsys, f"--config={file()}")
+    assert "absent.py" in command(capsys, f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path / 'run'}")
+
+
+def test_a_workdir_of_another_model(runs, file, capsys):
+    (folder, _), _ = runs
+    before = contents(folder)
+    error = command(capsys, f"--config={file()}", f"--workdir={folder}", "--config.model.backbone.width=32")
+    assert "parameter backbone/block_0/attention/key/kernel is (16, 2, 8) there and (32, 2, 16) in this config" in error
+    assert contents(folder) == before
+
+
+def test_a_finished_run_again_changes_no_checkpoint(runs, file):
+    """The same command once more: nothing is left to do, and that is no error."""
+    (folder, _), _ = runs
+    before = contents(folder / "checkpoints")
+    lines = metrics.read(folder)
+    assert run(file(), folder) == {}
+    assert contents(folder / "checkpoints") == before and metrics.read(folder) == lines
+
+
+def test_a_batch_that_the_devices_cannot_share(file, tmp_path):
+    """The real command in a process of its own, with four devices: one line, status 2, no folder."""
+    result = subprocess.run(
+        [sys.executable, "-m", "gpt4v_jax.train", f"--config={file()}", f"--workdir={tmp_path / 'run'}",
+         "--config.batch=6"],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "config.batch=6 is not divisible by the mesh's data x fsdp = 4" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()

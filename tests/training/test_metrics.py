@@ -1,0 +1,37 @@
+"""metrics.jsonl: what is written, and what a resumed run keeps of it."""
+
+import jax.numpy as jnp
+import pytest
+
+from gpt4v_jax.training import metrics
+
+
+def test_lines(tmp_path):
+    log = metrics.Log(tmp_path, 0)
+    log.write(1, {"loss": jnp.float32(2.5)})
+    assert log.later(2, {"loss": jnp.float32(1.5)}) is None
+    assert log.later(3, {"loss": jnp.float32(0.5)}) == {"loss": 1.5}
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}]
+    log.close()
+    assert metrics.read(tmp_path)[2:] == [{"step": 3, "loss": 0.5}]
+    assert list(tmp_path.glob("events.*"))
+
+
+@pytest.mark.parametrize("half", ["", '{"step": 4, "lo', "{", '{"loss": 1.0}'])
+def test_a_resumed_run_drops_what_it_will_do_again(tmp_path, half):
+    lines = "".join(f'{{"step": {step}, "loss": {step}.0}}\n' for step in (1, 2, 3, 4))
+    (tmp_path / "metrics.jsonl").write_text(lines + half)
+    log = metrics.Log(tmp_path, 2)
+    log.write(3, {"loss": 30.0})
+    log.close()
+    assert metrics.read(tmp_path) == [{"step": s, "loss": x} for s, x in ((1, 1.0), (2, 2.0), (3, 30.0))]
+
+
+def test_a_half_written_line_does_not_stop_a_reader(tmp_path):
+    """A report on a run that was killed reads what is whole."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_no_file_no_lines(tmp_path):
+    assert metrics.read(tmp_path) == []
