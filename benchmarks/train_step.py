@@ -295,6 +295,17 @@ def cells(row: dict) -> list[str]:
     ]  # fmt: skip
 
 
+def busy(result: dict) -> str:
+    """-> a warning when the contestants did not get their cores, else "".
+
+    Our step keeps only most of both cores busy, so it is the sgemm that tells.
+    """
+    cores = sum(result["cpu"][PEAK]) / sum(result["seconds"][PEAK])
+    if cores > 0.9 * THREADS:
+        return ""
+    return f"NOT VALID: other load on this machine (sgemm got {cores:.2f} of {THREADS} cores). Run it alone."
+
+
 def facts_line(result: dict) -> str:
     case, facts = Case(**result["case"]), result["facts"]
     losses = ", ".join(f"{name} {fact['first_loss']:.4f}" for name, fact in facts.items() if name in (OURS, EAGER))
@@ -340,7 +351,7 @@ def show(console, result: dict) -> None:
     for row in rows(result):
         table.add_row(*cells(row))
     console.print(table)
-    console.print(facts_line(result) + "\n")
+    console.print("\n".join(line for line in (facts_line(result), busy(result)) if line) + "\n")
 
 
 def write(path: Path, about: dict, results: list[dict]) -> None:
@@ -349,6 +360,7 @@ def write(path: Path, about: dict, results: list[dict]) -> None:
     lines += [f"- {name}: {value}" for name, value in about.items()]
     for result in results:
         lines += ["", f"## {Case(**result['case']).name}", "", facts_line(result), ""]
+        lines += [f"**{busy(result)}**", ""] if busy(result) else []
         lines += ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(result)]
         for name, fact in result["facts"].items():
@@ -369,8 +381,10 @@ def main() -> None:
     args = parser.parse_args()
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: {' and '.join(missing)} not installed: `make bench` installs both (Python 3.11)", file=sys.stderr)
+        print(f"error: {' and '.join(missing)} missing: `make bench` installs both (Python 3.11)", file=sys.stderr)
         sys.exit(2)
+    if args.rounds < 2:
+        parser.error("--rounds must be 2 or more")
 
     import rich.console
 

@@ -1,19 +1,31 @@
-"""Questions about scenes of handwritten digits and shapes.
+"""Questions about scenes of real handwritten digits and drawn shapes, answered from the picture.
 
 python -m gpt4v_jax.train --config configs/digits_world.py --workdir runs/digits_world
+python -m gpt4v_jax.train --config configs/digits_world.py:pictures=blank --workdir runs/digits_world_blank
 """
 
 from gpt4v_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
+    """Arguments: fusion=concat|prefix_lm, pictures=real|blank (blank trains the blind baseline)."""
+    arg = config_lib.arguments(arg, fusion="concat", pictures="real")
     config = config_lib.default()
-    config.steps, config.batch = 4000, 16
-    config.log_every = 100
+    config.steps, config.batch, config.log_every = 3200, 16, 50
+
     config.model.context = 256
-    config.model.image.update(size=72, patch=12)
+    config.model.embed_norm = True
+    config.model.image.update(size=72, patch=12, patch_norm=True)
     config.model.backbone.update(depth=4, width=128, heads=4)
+    config.model.fusion.kind = arg["fusion"]
+
+    config.data.name = "digits_world"
+    config.data.pictures = arg["pictures"]
     config.data.media = 4
+
+    config.optim.update(name="muon", lr=5e-3, final=0.0)
+
     config.eval.evaluators = ("questions", "permuted")
+    config.eval.every, config.eval.limit = 400, 100
     config.eval.best = "questions/accuracy"
     return config

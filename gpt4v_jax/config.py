@@ -66,6 +66,7 @@ class Image:
 
     size: int = 0  # pictures are resized to size x size pixels
     patch: int = 16  # a patch is patch x patch x 3 values
+    patch_norm: bool = False  # LayerNorm of a patch's values: brightness goes, contrast stays (Kumar et al. 2023)
     position: str = "learned"  # learned | none: added to the patches, beside the backbone's own positions
     class_token: bool = False  # ViT classifiers only
     classes: int = 0  # ViT classifiers only: outputs of the head
@@ -111,8 +112,7 @@ class Data:
     tokenizer: str = "bpe"  # bpe | char: trained on the training split, kept in the workdir
     vocab: int = 512  # upper bound on the vocabulary of a trained BPE
     pictures: str = "real"  # real | blank: the blind baseline's
-    caption: bool = True  # train on captions, too
-    turns: int = 8  # questions of one picture in one training document, at most
+    turns: int = 4  # questions of one picture in one training document, at most
     media: int = 4  # pictures a row can hold: the patch budget is media x patches a picture
     limit: int = 0  # use only so many training records; 0 means all
     threads: int = 2  # that read ahead; 0 reads in line
@@ -193,6 +193,15 @@ def section(cls) -> ml_collections.ConfigDict:
         else:
             values[field.name] = field.default
     return ml_collections.ConfigDict(values)
+
+
+def arguments(arg: str, **defaults: str) -> dict[str, str]:
+    """A config file's text after the colon, "fusion=prefix_lm,pictures=blank" -> its values over the defaults."""
+    given = dict(part.partition("=")[::2] for part in arg.split(",") if part)
+    for key in given:
+        if key not in defaults:
+            raise InputError(f"unknown config argument {key!r}{nearest(key, defaults)} of {', '.join(defaults)}")
+    return defaults | given
 
 
 def parse(values: Mapping, cls=Config, path: str = "config"):

@@ -1,7 +1,7 @@
 """One run -> one self-contained page, and a short table: python -m gpt4v_jax.report --workdir runs/digits_world
 
-The page is <workdir>/report.html, filled into the template beside this file. It shows metrics.jsonl, the results that
-gpt4v_jax.evaluate wrote, and what the best checkpoint answers; where something is missing it says which command makes it.
+The page is <workdir>/report.html, filled into the template beside this file. It shows metrics.jsonl, the results of
+gpt4v_jax.evaluate, and what the best checkpoint answers; where something is missing it says which command makes it.
 """
 
 import base64
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 from absl import flags
@@ -28,11 +29,11 @@ from gpt4v_jax.interpret import attention
 from gpt4v_jax.model import flops
 from gpt4v_jax.training import metrics, workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
 
 SHOWN, EXPLAINED = 24, 4  # questions in the grid; and with maps of attention
-EVALUATORS = {"questions": "model", "permuted": "permuted pictures", "counted": "counted answers"}  # and their names here
-# What matplotlib draws with -> the page's own colours, so that plots follow light and dark.
+EVALUATORS = {"questions": "model", "permuted": "permuted pictures", "counted": "counted answers"}  # as they are called
+# What matplotlib draws with -> the page's colours, so that plots follow light and dark.
 COLOURS = {f"#0{i}0{i}0{i}": name for i, name in enumerate(("ink", "faint", "line", "a", "b", "c", "d"), 1)}
 INK, FAINT, LINE, A, B, C, D = COLOURS
 
@@ -56,7 +57,7 @@ class Found(NamedTuple):
 
 def report(folder: Path) -> Path:
     """Writes <workdir>/report.html -> its path."""
-    run, trained, missing = workdir.load_config(folder), None, ""
+    run, trained = workdir.load_config(folder), None
     environment = folder / "environment.json"
     environment = json.loads(environment.read_text()) if environment.is_file() else {}
     lines, results = read_metrics(folder), read_results(folder)
@@ -91,7 +92,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Found]]:
-    """-> {split: {evaluator: its newest result}} of <workdir>/eval/<split>-<evaluator>/<step>.json; the test split first."""
+    """-> {split: {evaluator: its newest result}} of <workdir>/eval/<split>-<evaluator>/<step>.json; test first."""
     results: dict[str, dict[str, Found]] = {}
     for path in sorted(folder.glob("eval/*-*/*.json"), key=lambda path: int(path.stem)):
         split, _, name = path.parent.name.rpartition("-")
@@ -105,33 +106,33 @@ def read_results(folder: Path) -> dict[str, dict[str, Found]]:
 
 def _headline(run, environment, lines, results, trained) -> tuple[str, list[tuple[str, str]]]:
     """-> (what was trained, on what, with which result, in a sentence; the main numbers, each with its meaning)."""
-    tiles, ends, size = [], "", "a model"
+    tiles, found, size = [], "", "a model"
     for split, by_name in results.items():
         if "windows" in by_name:
             loss = by_name["windows"].result.metrics["loss"]
-            tiles.append((f"{loss:.3f}", f"nats a token on all windows of {split}"))
-            ends += f" Its loss on the {split} split is {loss:.3f} nats a token."
+            tiles.append((f"{loss:.3f}", f"loss on {split}, nats a token, all windows"))
+            found += f" Its loss on the {split} split is {loss:.3f} nats a token."
         for name in EVALUATORS if "questions" in by_name else ():
             if name in by_name and (name == "questions" or split == "test"):
                 share, low, high = by_name[name].share()
-                what = f"of {by_name[name].counts('all')[1]:,} {split} questions right" if name == "questions" else "blind: "
-                what += "" if name == "questions" else f"{EVALUATORS[name]}, {split}"
-                tiles.append((f"{share:.1%}", f"{what} (95 % interval {low:.1%} to {high:.1%})"))
+                what = f"{split} questions right" if name == "questions" else f"blind: {EVALUATORS[name]}"
+                tiles.append((f"{share:.1%}", f"{what} (95 %: {low:.1%} to {high:.1%})"))
         if split == "test" and "questions" in by_name:
-            blind = [f"{by_name[n].share()[0]:.1%} with {EVALUATORS[n]}" for n in ("permuted", "counted") if n in by_name]
-            ends += f" It answers {by_name['questions'].share()[0]:.1%} of the test questions exactly"
-            ends += f"; blind, that would be {' or '.join(blind)}." if blind else "."
+            right, others = by_name["questions"], [name for name in ("permuted", "counted") if name in by_name]
+            blind = [f"{by_name[name].share()[0]:.1%} with {EVALUATORS[name]}" for name in others]
+            found += f" It answers {right.share()[0]:.1%} of {right.counts('all')[1]:,} test questions exactly"
+            found += f"; blind, that would be {' or '.join(blind)}." if blind else "."
     if trained:
         count, backbone = sum(flops.parameters(trained.params).values()), run.model.backbone
         size = f"a transformer of {count:,} parameters"
-        tiles.append((f"{count / 1e6:.2f} M", f"parameters; {backbone.depth} layers of width {backbone.width}"))
+        tiles.append((f"{count / 1e6:.2f} M", f"parameters, {backbone.depth} layers of width {backbone.width}"))
     if rate := _last(lines, "tokens_per_second"):
-        tiles.append((f"{rate:,.0f}", "tokens a second in training: all positions of the stream"))
+        tiles.append((f"{rate:,.0f}", "tokens a second in training, all positions counted"))
     if minutes := _last(lines, "minutes"):
-        tiles.append((f"{minutes:.1f} min", "of training, with its evaluations"))
+        tiles.append((f"{minutes:.1f} min", "of training, evaluations included"))
     steps, devices = max((line["step"] for line in lines), default=0), environment.get("devices", [])
-    where = f" on {len(devices)} x {devices[0]}" if devices else ""
-    return f"Here {size} was trained on {run.data.name} for {steps:,} of {run.steps:,} steps{where}.{ends}", tiles
+    where = f" on {len(devices)} x {devices[0]} ({environment.get('cores')} cores)" if devices else ""
+    return f"Here {size} was trained on {run.data.name} for {steps:,} of {run.steps:,} steps{where}.{found}", tiles
 
 
 def _curves(lines: list[dict]) -> str:
@@ -140,11 +141,13 @@ def _curves(lines: list[dict]) -> str:
 
     if not series("loss"):
         return ""
-    held_out = (("questions", "validation", B), ("windows", "validation", B), ("permuted", "validation, permuted pictures", C))
-    plots = [
-        _plot(title, [("training", series(key), A), *((name, series(f"{n}/{key}"), colour) for n, name, colour in held_out)], **k)
-        for title, key, k in (("loss (nats a token)", "loss", {"log": True}), ("right (share)", "accuracy", {"top": 1}))
-    ]
+    held_out = [(name, "validation", B) for name in ("questions", "windows")]
+    held_out.append(("permuted", "validation, permuted pictures", C))
+    plots = []
+    shown = (("loss (nats a token)", "loss", {"log": True}), ("right (share)", "accuracy", {"top": 1}))
+    for title, key, scale in shown:
+        beside = [(name, series(f"{evaluator}/{key}"), colour) for evaluator, name, colour in held_out]
+        plots.append(_plot(title, [("training", series(key), A), *beside], **scale))
     kinds = sorted({key for line in lines for key in line if key.startswith("questions/accuracy/")})
     if kinds and len(series(kinds[0])) > 1:
         colours = (A, B, D, FAINT)
@@ -164,20 +167,21 @@ def _kinds(results: dict[str, dict[str, Found]]) -> str:
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
     first = results[splits[0]]["questions"]
     rows = [*sorted(first.result.kinds, key=lambda kind: -first.share(kind)[0]), "all"]
-    heads = "<tr><th></th>" + "".join(
-        f'<th class="split" colspan="{len(names) + 1}">{html.escape(split)}, step {results[split]["questions"].step:,}</th>'
-        for split in splits
-    )
-    heads += "<tr><th>kind</th>" + len(splits) * ('<th class="split">asked</th>' + "".join(f"<th>{EVALUATORS[n]}</th>" for n in names))
-    body = ""
+    above, below, body = "<th></th>", "<th>kind</th>", ""
+    for split in splits:
+        step = results[split]["questions"].step
+        above += f'<th class="split" colspan="{len(names) + 1}">{html.escape(split)} split, step {step:,}</th>'
+        below += '<th class="split">asked</th>' + "".join(f"<th>{EVALUATORS[name]}</th>" for name in names)
     for kind in rows:
         body += f'<tr class="{"all" if kind == "all" else ""}"><td>{html.escape(kind)}</td>'
-        for split in splits:
-            body += f'<td class="split">{results[split]["questions"].counts(kind)[1]:,}</td>'
-            cells = [results[split][name].share(kind) if name in results[split] else None for name in names]
-            body += "".join("<td>{:.3f} <small>{:.2f} to {:.2f}</small></td>".format(*c) if c else "<td></td>" for c in cells)
+        for found in (results[split] for split in splits):
+            body += f'<td class="split">{found["questions"].counts(kind)[1]:,}</td>'
+            for name in names:
+                cell = "{:.3f}<small>{:.2f} to {:.2f}</small>".format(*found[name].share(kind)) if name in found else ""
+                body += f"<td>{cell}</td>"
     plots = "".join(_bars(split, results[split], rows, names) for split in splits)
-    return f'<div class="charts">{plots}</div><div class="scroll"><table><thead>{heads}</thead><tbody>{body}</tbody></table></div>'
+    table = f"<table><thead><tr>{above}<tr>{below}</thead><tbody>{body}</tbody></table>"
+    return f'<div class="charts">{plots}</div><div class="scroll">{table}</div>'
 
 
 def _pictures(trained: workdir.Trained) -> tuple[str, str]:
@@ -190,26 +194,26 @@ def _pictures(trained: workdir.Trained) -> tuple[str, str]:
     turns, pictures = zip(*((items[i][1], source.picture(items[i][0])) for i in chosen), strict=True)
     prompts = [decode.prompt(trained, turn.question, [i]) for i, turn in enumerate(turns)]
     answers = decode.generate(trained, prompts, pictures, max_new_tokens=16)
-    cards, words, right = "", [], [answer.text == turn.answer for answer, turn in zip(answers, turns, strict=True)]
+    right = [answer.text == turn.answer for answer, turn in zip(answers, turns, strict=True)]
+    grid, looks, words = "", "", []
     for turn, answer, hit, picture in zip(turns, answers, right, pictures, strict=True):
-        mark = "✓ right" if hit else f"✗ wrong</span> <span>truth: <b>{html.escape(turn.answer)}</b>"
-        said = f'<b>{html.escape(answer.text) or "(nothing)"}</b> <span class="mark">{mark}</span>'
-        words.append(f"<span>{html.escape(turn.question)}</span> <span>{said}</span>")
-        cards += f'<figure class="{"right" if hit else "wrong"}">{_img(picture, turn.question)}{words[-1]}</figure>'
-    grid = (
-        f'<p class="note">{len(turns)} questions drawn at random from the {split} split (seed 0, not picked by hand), answered '
-        f'by the checkpoint of step {trained.step:,}: {sum(right)} right.</p><div class="pictures">{cards}</div>'
-    )
-    of_kind = {turn.kind: i for i, turn in reversed(list(enumerate(turns)))}  # the first question of each kind
-    looks = ""
-    for i in sorted(of_kind.values())[:EXPLAINED]:
+        mark = f'<span class="mark">{"✓ right" if hit else "✗ wrong"}</span>'
+        said = f"<b>{html.escape(answer.text) or '(nothing)'}</b> {mark}"
+        truth = "" if hit else f" <span>truth: <b>{html.escape(turn.answer)}</b></span>"
+        words.append(f"<span>{html.escape(turn.question)}</span> <span>{said}</span>{truth}")
+        grid += f'<figure class="{"right" if hit else "wrong"}">{_img(picture, turn.question)}{words[-1]}</figure>'
+    drawn = f"{len(turns)} questions drawn at random from the {split} split (seed 0, not picked by hand)"
+    drawn += f", answered by the checkpoint of step {trained.step:,}: {sum(right)} right."
+    first_of_kind = {turn.kind: i for i, turn in reversed(list(enumerate(turns)))}
+    for i in sorted(first_of_kind.values())[:EXPLAINED]:
         maps = attention.over_picture(trained, prompts[i], pictures[i], len(prompts[i]) - 1)
         panels = f"<figure>{_img(pictures[i], 'the picture')}<figcaption>the picture</figcaption></figure>"
         for name, heat in [*((f"layer {k}", m) for k, m in enumerate(maps, 1)), ("mean of layers", maps.mean(0))]:
-            panels += f"<figure>{_img(_heat(pictures[i], heat), name)}<figcaption><b>{name}</b><br>{heat.sum():.0%} on the picture, "
-            panels += f"{heat.max():.1%} on one patch</figcaption></figure>"
-        looks += f'<div class="looks {"right" if right[i] else "wrong"}"><p>{words[i]}</p><div class="maps">{panels}</div></div>'
-    return grid, looks
+            panels += f"<figure>{_img(_heat(pictures[i], heat), name)}<figcaption><b>{name}</b><br>{heat.sum():.0%} on "
+            panels += f"the picture, {heat.max():.1%} on one patch</figcaption></figure>"
+        mark = "right" if right[i] else "wrong"
+        looks += f'<div class="looks {mark}"><p>{words[i]}</p><div class="maps">{panels}</div></div>'
+    return f'<p class="note">{drawn}</p><div class="pictures">{grid}</div>', looks
 
 
 def _samples(trained: workdir.Trained) -> str:
@@ -225,11 +229,9 @@ def _samples(trained: workdir.Trained) -> str:
         f'<pre class="sample"><span class="given">{html.escape(text)}</span>{html.escape(answer.text)}</pre>'
         for text, answer in zip(given, answers, strict=True)
     )
-    return (
-        f'<p class="note">In grey, beginnings drawn at random from the {split} split (seed 0, not picked by hand); then what the '
-        f"checkpoint of step {trained.step:,} writes at temperature {sampling.temperature}, to the end of its context of "
-        f'{context} tokens.</p><div class="charts">{texts}</div>'
-    )
+    said = f"In grey, beginnings drawn at random from the {split} split (seed 0, not picked by hand); then what the "
+    said += f"checkpoint of step {trained.step:,} writes at temperature {sampling.temperature}, to the end of its "
+    return f'<p class="note">{said}context of {context} tokens.</p><div class="charts">{texts}</div>'
 
 
 def _made(environment: dict) -> list[tuple[str, str]]:
@@ -260,6 +262,8 @@ def _plot(title: str, series, log: bool = False, top: float | None = None) -> st
         axes.set_ylim(0, top)
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    if max(values) > 100:
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=1 + len(series) // 5)
     return _svg(figure, title)
@@ -317,19 +321,22 @@ def _svg(figure, label: str) -> str:
 
 
 def _heat(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weights of a picture's patches, dark to bright, over the picture in grey."""
+    """The weights of a picture's patches, dark to bright, and over them the picture: what is unlike its background."""
     import matplotlib
 
-    side = 3 * picture.shape[0]
-    grey = np.asarray(Image.fromarray(picture).convert("L").resize((side, side), Image.Resampling.BICUBIC))[..., None]
-    heat = np.kron(weights / max(weights.max(), 1e-12), np.ones((side // len(weights),) * 2))
-    return (0.45 * grey + 0.55 * 255 * matplotlib.colormaps["inferno"](heat)[..., :3]).astype(np.uint8)
+    shape = (3 * picture.shape[0],) * 2
+    unlike = np.abs(picture - np.median(picture, (0, 1))).max(-1).clip(0, 255).astype(np.uint8)
+    unlike = np.asarray(Image.fromarray(unlike).resize(shape, Image.Resampling.BICUBIC))[..., None]
+    heat = np.kron(weights / max(weights.max(), 1e-12), np.ones((shape[0] // len(weights),) * 2))
+    heat = 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
+    return (0.7 * heat + 0.3 * unlike).astype(np.uint8)
 
 
 def _img(picture: np.ndarray, label: str) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="{html.escape(label)}">'
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(label)}">'
 
 
 # ---- small pieces
@@ -351,15 +358,19 @@ def _last(lines: list[dict], name: str) -> float | None:
 
 
 def table(results: dict[str, dict[str, Found]]) -> rich.table.Table:
-    """The test split by kind beside the blind baselines, and every split as a whole."""
+    """The test split by kind beside the blind baselines, then it and every other split as a whole."""
     splits = [split for split in results if "questions" in results[split]]
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
-    out = rich.table.Table("split", "kind", "asked", *(EVALUATORS[name] for name in names))
-    for split in splits:
+    title = f"{splits[0]} split: share of questions right, 95 % interval"
+    out = rich.table.Table("kind", title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    for name in ("asked", *(EVALUATORS[name] for name in names)):
+        out.add_column(name, justify="right", no_wrap=True)
+    kinds = sorted(results[splits[0]]["questions"].result.kinds)
+    rows = [*((splits[0], kind, kind) for kind in kinds), *((split, "all", f"all of {split}") for split in splits)]
+    for split, kind, label in rows:
         found = results[split]
-        for kind in [*(sorted(found["questions"].result.kinds) if split == splits[0] else ()), "all"]:
-            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*found[n].share(kind)) if n in found else "" for n in names]
-            out.add_row(split, kind, f"{found['questions'].counts(kind)[1]:,}", *cells, end_section=kind == "all")
+        cells = ["{:.3f} {:.3f}-{:.3f}".format(*found[n].share(kind)) if n in found else "" for n in names]
+        out.add_row(label, f"{found['questions'].counts(kind)[1]:,}", *cells, end_section=label == kinds[-1])
     return out
 
 

@@ -44,6 +44,7 @@ PARAMS = (
     (r"mlp/down/kernel$", ("hidden", "width")),
     (r"mlp/(up|gate)/bias$", ("hidden",)),
     (r"(out|down|embed|connector)/bias$", ("width",)),
+    (r"patch_norm/(scale|bias)$", ("patch",)),
     (r"norm/(scale|bias)$", ("width",)),
     (r"head/kernel$", ("width", "vocab_out")),
     (r"head/bias$", ("vocab_out",)),

@@ -43,9 +43,7 @@ def main():
     import jax
     import numpy as np
 
-    from gpt4v_jax import batch as batch_lib
     from gpt4v_jax import config, sharding
-    from gpt4v_jax.model.gpt4v import GPT4V
     from gpt4v_jax.training import optim
     from gpt4v_jax.training import step as step_lib
     from tests import tiny
@@ -54,7 +52,7 @@ def main():
     image = config.Image(size=4, patch=2)
     model = config.Model(vocab=tiny.VOCAB, context=24, tied=False, backbone=block, image=image)
     run = config.Config(batch=8, model=model, optim=config.Optim(lr=3e-3, warmup=5))
-    module = GPT4V(model, batch_lib.layout(model, config.Data(media=2)))
+    module = tiny.make_module(model)
     texts = [("I U2 A3", "U1 I A2"), ("U3 A8 U1 A2",), ("I I U1 A5",), ("U1 A9",)] * 2
     batches = [
         tiny.rows(module.layout, *texts[i % 4 :], *texts[: i % 4]) for i in range(4)

@@ -70,11 +70,21 @@ def test_where_parameters_and_lifted_transforms_live(owner, name, home):
         assert "self.param(" in (ROOT / "gpt4v_jax" / home).read_text()
 
 
-def test_heavy_libraries_are_not_imported():
+def test_optional_libraries_are_imported_where_they_are_used():
+    """At the top of a file everyone would have to install them, and to wait for them."""
+    optional = {"torch", "transformers", "tensorflow", "matplotlib", "sklearn"}
+    for path in sorted((ROOT / "gpt4v_jax").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not optional & {name.split(".")[0] for name in names}, f"{path}:{node.lineno}"
+
+
+def test_import_is_light():
     code = (
         "import sys, gpt4v_jax; light = set(sys.modules); import gpt4v_jax.train; "
         "print([m for m in ('jax', 'flax', 'torch', 'matplotlib', 'tensorflow') if m in light], "
-        "[m for m in ('torch', 'matplotlib', 'tensorflow') if m in sys.modules])"
+        "[m for m in ('matplotlib', 'tensorflow') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "[] []", result.stderr

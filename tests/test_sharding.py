@@ -22,7 +22,7 @@ EIGHT = [object() for _ in range(8)]  # stand-ins: shapes are checked before dev
 ], ids=lambda changes: "-".join(changes))  # fmt: skip
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_has_a_row(changes, optimizer):
-    model, _ = tiny.make_model(tiny.make_config(**changes))
+    model = tiny.make_module(tiny.make_config(**changes))
     tx = optim.make(config.Optim(name=optimizer, frozen="embed/table"), 10, step_lib.abstract_params(model))
 
     def init():

@@ -20,7 +20,7 @@ from gpt4v_jax import config as config_lib
 def get_config():
     config = config_lib.default()
     config.steps, config.batch, config.log_every, config.save_every = 4, 4, 1, 2
-    config.data.update(name="digits_world/small", cache="{cache}", vocab=400, caption=False, turns=2, threads={threads})
+    config.data.update(name="digits_world/small", cache="{cache}", vocab=400, turns=2, threads={threads})
     config.model.context = 128
     config.model.image.update(size=24, patch=12)
     config.model.backbone.update(depth=1, width=16, heads=2, dropout=0.1)
@@ -35,7 +35,7 @@ class Killed(Exception):
 
 
 def run(file: Path, folder: Path, kill_at: int = 0):
-    """Trains as the config file says -> {step: the state that was saved}; it can die when that checkpoint is written."""
+    """Trains as the config file says -> {step: the state that was saved}; `kill_at`: dies when that one is on disk."""
     states = {}
 
     def save(checkpoints, state, values=None):
@@ -140,8 +140,8 @@ def command(capsys, *args) -> str:
 
 
 @pytest.mark.parametrize("argument, message", [
-    ("--config.stepz=3", ["stepz", "'steps'"]),
-    ("--config.model.backbone.widht=32", ["widht", "'width'"]),
+    ("--config.stepz=3", ["stepz", "steps"]),
+    ("--config.model.backbone.widht=32", ["widht", "width"]),
     ("--config.steps=ten", ["steps", "ten"]),
     ("--config.optim.name=adam", ["name='adam'", "'adamw'"]),
     ("--config.data.name=digit_world", ["digit_world", "'digits_world'"]),

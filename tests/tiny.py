@@ -24,10 +24,14 @@ def make_config(kind="concat", context=24, size=4, encoder=False, init_std=0.3, 
                         backbone=config.Backbone(**block), image=image, fusion=config.Fusion(kind))  # fmt: skip
 
 
+def make_module(model: config.Model) -> GPT4V:
+    return GPT4V(model, batch_lib.layout(model, config.Data(media=2)))
+
+
 @functools.cache
 def make_model(model: config.Model, seed: int = 0):
     """-> (GPT4V, its parameters)."""
-    module = GPT4V(model, batch_lib.layout(model, config.Data(media=2)))
+    module = make_module(model)
     return module, jax.jit(lambda: step_lib.init_params(module, seed))()
 
 

@@ -83,39 +83,42 @@ class Turn:
 
 
 class Conversations:
-    """Pictures with questions: a document is a picture, then its turns in an order drawn from (seed, epoch, record)."""
+    """Pictures with a caption and questions; two documents a record: picture and caption, and picture and `data.turns`
+    of its questions, drawn from (seed, epoch, record).
+
+    The caption has a document of its own because beside it the questions can be answered without looking.
+    """
 
     def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int):
         self._records = records
-        self._data, self._layout, self._special, self._seed = data, layout, tokenizer.special, seed
+        self._data, self._seed = data, seed
+        self.layout, self.special = layout, tokenizer.special
         if not layout.size:
             raise config.InputError("model.image.size=0, but the data set has pictures: set it, such as 72")
         encode = _remember(tokenizer.encode)
-        self.turns: list[list[Turn]] = []
+        self.turns: list[list[Turn]] = []  # of each record, the caption first
         for i in range(limit(data, len(self._records))):
             record = self._records[i]
-            turns = [("caption", CAPTION_PROMPT, text_of(record["caption"]))] if data.caption else []
-            turns += questions(record)
+            turns = [("caption", CAPTION_PROMPT, text_of(record["caption"])), *questions(record)]
             self.turns.append([Turn(*t, encode(t[1]), encode(t[2])) for t in turns])
 
     def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
-        turns = self.turns[i]
-        order = np.random.default_rng((self._seed, epoch, i)).permutation(len(turns))[: self._data.turns]
-        return [chat.Piece("user", picture=i)] + [
-            piece
-            for k in order
-            for piece in (chat.Piece("user", turns[k].question_ids), chat.Piece("assistant", turns[k].answer_ids))
-        ]
+        """Document i of the epoch: captions first, then questions."""
+        asks, record = divmod(i, len(self.turns))
+        turns = self.turns[record][:1]
+        if asks:
+            order = np.random.default_rng((self._seed, epoch, record)).permutation(len(self.turns[record]) - 1)
+            turns = [self.turns[record][1 + k] for k in order[: self._data.turns]]
+        return turn_pieces(record, turns)
 
     def sizes(self, epoch: int):
-        lengths = [chat.length(self.pieces(epoch, i), self._layout) for i in range(len(self.turns))]
-        return np.array(lengths), np.ones(len(lengths), int)
+        return sizes(self, epoch, 2 * len(self.turns))
 
     def document(self, epoch: int, i: int) -> chat.Document:
-        return chat.document(self.pieces(epoch, i), self._special, self._layout)
+        return chat.document(self.pieces(epoch, i), self.special, self.layout)
 
     def picture(self, key: int) -> np.ndarray:
-        size = self._layout.size
+        size = self.layout.size
         if self._data.pictures == "blank":
             return np.full((size, size, 3), 128, np.uint8)
         return decode_picture(self._records[key]["image"], size)
@@ -125,23 +128,35 @@ class Questions:
     """The questions of a split one by one: each is a document of its own, a picture and one turn."""
 
     def __init__(self, conversations: Conversations, picture_of=lambda record: record):
-        self._source, self._picture_of = conversations, picture_of
+        self._picture_of = picture_of
+        self.layout, self.special = conversations.layout, conversations.special
         self.items = [
-            (i, turn) for i, turns in enumerate(conversations.turns) for turn in turns if turn.kind != "caption"
+            (record, turn) for record, turns in enumerate(conversations.turns) for turn in turns[1:]
         ]
         self.picture = conversations.picture
 
     def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
         record, turn = self.items[i]
-        picture = chat.Piece("user", picture=self._picture_of(record))
-        return [picture, chat.Piece("user", turn.question_ids), chat.Piece("assistant", turn.answer_ids)]
+        return turn_pieces(self._picture_of(record), [turn])
 
     def sizes(self, epoch: int):
-        lengths = [chat.length(self.pieces(epoch, i), self._source._layout) for i in range(len(self.items))]
-        return np.array(lengths), np.ones(len(lengths), int)
+        return sizes(self, epoch, len(self.items))
 
     def document(self, epoch: int, i: int) -> chat.Document:
-        return chat.document(self.pieces(epoch, i), self._source._special, self._source._layout)
+        return chat.document(self.pieces(epoch, i), self.special, self.layout)
+
+
+def turn_pieces(picture: int, turns: list[Turn]) -> list[chat.Piece]:
+    pieces = [chat.Piece("user", picture=picture)]
+    for turn in turns:
+        pieces += [chat.Piece("user", turn.question_ids), chat.Piece("assistant", turn.answer_ids)]
+    return pieces
+
+
+def sizes(source, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> (positions, pictures) of each of `count` documents, each with one picture."""
+    lengths = [chat.length(source.pieces(epoch, i), source.layout) for i in range(count)]
+    return np.array(lengths), np.ones(count, int)
 
 
 class Windows:

@@ -7,7 +7,9 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.backbone import Backbone
-from gpt4v_jax.model.layers import Linear, Table
+from gpt4v_jax.model.layers import Linear, Norm, Table
+
+PATCH_NORM_EPS = 1e-2  # of the variance of values in [-1, 1]: an empty patch stays empty, its noise is not blown up
 
 
 class PatchEmbed(nn.Module):
@@ -21,6 +23,8 @@ class PatchEmbed(nn.Module):
     def __call__(self, patch_BMp, index_BM3):
         c = self.config
         x = patch_BMp.astype(jnp.float32) / 127.5 - 1
+        if c.patch_norm:
+            x = Norm("layer", PATCH_NORM_EPS, name="patch_norm")(x)
         values = c.patch**2 * 3
         x = Linear((values,), (self.width,), True, values**-0.5, name="embed")(x)
         if c.position == "learned":

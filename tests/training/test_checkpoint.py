@@ -12,7 +12,7 @@ from tests import tiny
 
 
 def state_of(step=0, name="adamw", seed=0, **changes):
-    model, _ = tiny.make_model(tiny.make_config(**{"depth": 1} | changes))
+    model = tiny.make_module(tiny.make_config(**{"depth": 1} | changes))
     tx = optim.make(config.Optim(name=name), 10, step_lib.abstract_params(model))
     state = step_lib.init_state(model, tx, seed, sharding.make_mesh(config.Mesh()))
     return state.replace(step=jnp.int32(step) + state.step)

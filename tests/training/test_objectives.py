@@ -7,7 +7,7 @@ import numpy as np
 from gpt4v_jax.training import objectives
 from tests import tiny
 
-MODEL, _ = tiny.make_model(tiny.make_config())
+MODEL = tiny.make_module(tiny.make_config())
 BATCH = tiny.rows(MODEL.layout, ("I U2 A3", "U1 A2"), ("U3 A8",))
 LOGITS = np.random.default_rng(0).normal(size=(2, 24, tiny.VOCAB)).astype(np.float32) * 3
 

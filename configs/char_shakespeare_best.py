@@ -1,0 +1,23 @@
+"""Character-level Shakespeare: the best recipe found for about ten minutes of two CPU cores.
+
+python -m gpt4v_jax.train --config configs/char_shakespeare_best.py --workdir runs/char_shakespeare_best
+"""
+
+from gpt4v_jax import config as config_lib
+
+
+def get_config(arg: str = ""):
+    config_lib.arguments(arg)
+    config = config_lib.default()
+    config.steps, config.batch, config.log_every, config.save_every = 2000, 16, 50, 500
+
+    config.model.context = 256
+    config.model.embed_norm = True
+    config.model.backbone.update(depth=6, width=128, heads=4)
+
+    config.data.update(name="tiny_shakespeare", tokenizer="char")
+    config.optim.update(name="muon", lr=5e-3, final=0.0)
+
+    config.eval.evaluators, config.eval.every = ("windows",), 500
+    config.eval.best, config.eval.best_mode = "windows/loss", "min"
+    return config

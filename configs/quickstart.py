@@ -1,0 +1,14 @@
+"""The smallest picture-and-text model worth asking: digits_world.py with a budget of minutes.
+
+python -m gpt4v_jax.train --config configs/quickstart.py --workdir runs/quickstart
+"""
+
+from configs import digits_world
+
+
+def get_config(arg: str = ""):
+    config = digits_world.get_config(arg)
+    config.steps = 900
+    config.eval.every = 450
+    config.save_every = 150
+    return config

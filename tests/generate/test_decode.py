@@ -1,0 +1,305 @@
+"""Prefill and cached decode against the full forward pass, and `generate` in every way that it can end."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4v_jax import config, sharding
+from gpt4v_jax.data import chat, packing
+from gpt4v_jax.eval import common
+from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.model import attention
+from gpt4v_jax.training import step as step_lib
+from gpt4v_jax.training.workdir import Trained
+from tests import tiny
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz "
+FREE = sample.Sampling(temperature=1.0)
+ROOM = 8  # tokens of the longest answer and <end>
+
+forward = jax.jit(step_lib.forward, static_argnums=0)
+step = jax.jit(decode.step, static_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A tokenizer of letters: one token each, after the special ones."""
+
+    special: dict
+
+    def encode(self, text):
+        return [len(tiny.SPECIAL) + LETTERS.index(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(LETTERS[i - len(tiny.SPECIAL)] for i in ids if i >= len(tiny.SPECIAL))
+
+
+def make(end: int = -1, **model) -> Trained:
+    """A random model. `end`: the token that is <end>; -1 is one that is never drawn."""
+    module, params = tiny.make_model(tiny.make_config(**model))
+    run = config.Config(model=module.config, eval=config.Eval(batch=4))
+    tokenizer = Letters(tiny.SPECIAL | {"<end>": end})
+    return Trained(run, module.layout, tokenizer, None, module, params, 0)
+
+
+def fill(trained, *documents, **layout):
+    layout = dataclasses.replace(trained.layout, **layout)
+    return packing.stack([packing.fill([document], tiny.picture, layout) for document in documents])
+
+
+def full_logits(trained, document):
+    """-> [n, V] of one document alone."""
+    return np.asarray(forward(trained.model, trained.params, fill(trained, document))[0, : len(document)])
+
+
+def ask(trained, text: str, pictures=()):
+    return decode.prompt(trained, text, pictures)
+
+
+def cut(batch, start: int, stop: int, picture: bool):
+    """Some positions of a batch with one picture."""
+    row = {name: getattr(batch, name)[:, start:stop] for name in batch.__dataclass_fields__ if name != "image"}
+    at = np.where((batch.image.at >= start) & (batch.image.at < stop), batch.image.at - start, -1)
+    return dataclasses.replace(batch, image=batch.image.replace(at=at) if picture else None, **row)
+
+
+MODELS = {
+    "concat": {},
+    "prefix_lm": {"kind": "prefix_lm"},
+    "learned": {"position": "learned"},
+    "grouped": {"kind": "prefix_lm", "heads": 4, "kv_heads": 2, "qk_norm": True, "tied": False},
+    "encoder": {"encoder": True},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("text", ["I U3 A7", "I U2 A2 U3 A4", "I U1 A2 I U2 A3", "U4 A3 I U2 A3", "U2 A5"])
+def test_cached_decode_equals_the_full_forward(name, text):
+    trained = make(**MODELS[name])
+    document = tiny.document(text, trained.layout)
+    whole, answer = full_logits(trained, document), int(text[-1])
+    start = len(document) - answer - 1  # of the last answer's tokens and <end>
+    prompt = chat.document(tiny.pieces(text)[:-1], tiny.SPECIAL, trained.layout)
+    np.testing.assert_array_equal(prompt.tokens, document.tokens[:start])
+    batch = fill(trained, prompt)
+    logits, cache = decode.prefill(trained.model, trained.params, batch, trained.layout.context + ROOM)
+    found = [logits[0]]
+    for token in document.tokens[start:]:
+        logits, cache = step(trained.model, trained.params, jnp.array([token]), cache)
+        found.append(logits[0])
+    assert np.ptp(whole) > 1, "the logits say something"
+    np.testing.assert_allclose(found, whole[start - 1 :], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["concat", "prefix_lm"])
+def test_prefill_in_chunks_that_end_where_blocks_end(name):
+    """A chunk that ends inside the picture is another model: the rest of the block would be unseen."""
+    trained = make(**MODELS[name])
+    document = tiny.document("U3 A2 I U3 A3", trained.layout)
+    first, patches = document.pictures[0][0], trained.layout.grid**2
+    batch, whole, n = fill(trained, document), full_logits(trained, document), len(document)
+
+    def chunked(*ends):
+        cache = attention.empty_cache(trained.model.config.backbone, 1, n)
+        found = []
+        for start, stop in zip((0, *ends), (*ends, n), strict=True):
+            part = cut(batch, start, stop, picture=start <= first < stop)
+            hidden, cache, _ = trained.model.apply({"params": trained.params}, part, cache)
+            found.append(trained.model.apply({"params": trained.params}, hidden, method="logits")[0])
+        return np.concatenate(found)
+
+    block = first + patches if name == "concat" else 5  # with prefix_lm the first question is the block
+    for ends in ((first,), (first + patches,), (first, first + patches), (block, n - 2)):
+        np.testing.assert_allclose(chunked(*ends), whole, atol=1e-5, rtol=1e-5, err_msg=str(ends))
+    inside = chunked(2) if name == "prefix_lm" else None
+    if inside is not None:
+        assert np.abs(inside - whole).max() > 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_of_prompts_equals_each_alone(name):
+    trained = make(**MODELS[name])
+    pictures = [tiny.picture(key) for key in range(3)]
+    asked = [("ab", [0]), ("hello you", [1]), ("x", []), ("two of them", [2, 1])]
+    prompts = [ask(trained, text, keys) for text, keys in asked]
+    assert len({len(p) for p in prompts}) == 4
+    together = decode.generate(trained, prompts, pictures, max_new_tokens=5)
+    alone = [decode.generate(trained, [prompt], pictures, max_new_tokens=5)[0] for prompt in prompts]
+    assert together == alone and len({answer.tokens for answer in alone}) > 1
+    logits, _ = decode.prefill(trained.model, trained.params, fill(trained, *prompts), 32)
+    single = [decode.prefill(trained.model, trained.params, fill(trained, prompt), 32)[0][0] for prompt in prompts]
+    np.testing.assert_allclose(logits, single, atol=1e-5)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward():
+    trained = make()
+    prompt, picture = ask(trained, "abc", [0]), tiny.picture(0)
+    answer = decode.generate(trained, [prompt], [picture], max_new_tokens=6)[0]
+    tokens = prompt.tokens
+    for token in answer.tokens:
+        ar = np.append(prompt.ar, np.ones(len(tokens) - len(prompt), bool))
+        document = chat.shifted(tokens.astype(np.int32), np.zeros(len(tokens), bool), ar, prompt.pictures)
+        assert full_logits(trained, document)[-1].argmax() == token
+        tokens = np.append(tokens, token)
+    assert answer.text == trained.tokenizer.decode(answer.tokens)
+
+
+def test_the_picture_matters():
+    trained = make()
+    answers = decode.generate(trained, [ask(trained, "abc", [key]) for key in (0, 1)],
+                              [np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)], 8)  # fmt: skip
+    assert answers[0].tokens != answers[1].tokens
+
+
+# ---- how an answer ends
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """-> (40 tokens that a model draws when nothing stops it, in two blocks and a half; which they are)."""
+    trained = make(context=64)
+    prompt = ask(trained, "abc")
+    return prompt, decode.generate(trained, [prompt], (), 40, FREE, seeds=[3])[0]
+
+
+def test_max_new_tokens(drawn):
+    prompt, long = drawn
+    assert len(long.tokens) == 40 and long.finish == "length" and len(set(long.tokens)) > 5
+    for n in (1, 15, 16, 17):
+        answer = decode.generate(make(context=64), [prompt], (), n, FREE, seeds=[3])[0]
+        assert (answer.tokens, answer.finish) == (long.tokens[:n], "length")
+
+
+def test_end_token(drawn):
+    prompt, long = drawn
+    for at in (0, 5, 15, 16, 30):
+        end = long.tokens[at]
+        at = long.tokens.index(end)
+        trained = make(end=end, context=64)
+        answer = decode.generate(trained, [prompt], (), 40, FREE, seeds=[3])[0]
+        assert (answer.tokens, answer.finish) == (long.tokens[:at], "stop")
+        assert answer.text == trained.tokenizer.decode(long.tokens[:at])
+
+
+def test_stop_strings(drawn):
+    """Also one that begins in a block of tokens and ends in the next; the first of several in the text wins."""
+    prompt, long = drawn
+    for start in (2, decode.BLOCK - 1):
+        stop = long.text[start : start + 3]
+        other = long.text[start + 5 : start + 8]
+        answer = decode.generate(make(context=64), [prompt], (), 40, FREE, seeds=[3], stop=[other, stop])[0]
+        assert (answer.text, answer.finish) == (long.text[: min(map(long.text.index, (stop, other)))], "stop")
+    nothing = decode.generate(make(context=64), [prompt], (), 40, FREE, seeds=[3], stop=["zzzzz"])[0]
+    assert nothing == long
+
+
+def test_a_row_ends_and_the_others_go_on(drawn):
+    prompt, long = drawn
+    end = long.tokens[20]
+    trained = make(end=end, context=64)
+    seeds = [3, 4, 5, 6]
+    together = decode.generate(trained, [prompt] * 4, (), 40, FREE, seeds)
+    assert together == [decode.generate(trained, [prompt], (), 40, FREE, [seed])[0] for seed in seeds]
+    assert len({len(answer.tokens) for answer in together}) > 1
+
+
+def test_a_full_context_ends_the_answer():
+    trained = make(context=24)
+    prompts = [ask(trained, "abc"), ask(trained, "abcdefghij", [0])]
+    answers = decode.generate(trained, prompts, [tiny.picture(0)], max_new_tokens=500)
+    assert [len(answer.tokens) + len(prompt) for answer, prompt in zip(answers, prompts, strict=True)] == [24, 24]
+    assert [answer.finish for answer in answers] == ["length", "length"]
+
+
+def test_seeds():
+    trained = make()
+    prompt, other = ask(trained, "abc"), ask(trained, "wholly else")
+    a, b, c = decode.generate(trained, [prompt] * 3, (), 12, FREE, seeds=[1, 2, 1])
+    assert a == c and a.tokens != b.tokens
+    # Neither the neighbours nor the place in the batch matter.
+    assert decode.generate(trained, [other, prompt], (), 12, FREE, seeds=[9, 2])[1] == b
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("text", ["a" * 18, "a" * 40])
+def test_a_prompt_longer_than_the_context(text):
+    trained = make(context=24)
+    prompt = ask(trained, text, [0])
+    with pytest.raises(config.InputError, match=f"prompt has {len(text) + 6} positions.* context is 24"):
+        decode.generate(trained, [ask(trained, "a"), prompt], [tiny.picture(0)])
+
+
+def test_the_longest_prompt_that_fits():
+    trained = make(context=24)
+    answer = decode.generate(trained, [ask(trained, "a" * 17, [0])], [tiny.picture(0)])[0]
+    assert len(answer.tokens) == 1
+
+
+@pytest.mark.parametrize("values, named", [
+    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"stop": ["a", ""]}, "stop string"),
+])  # fmt: skip
+def test_values_that_mean_nothing(values, named):
+    trained = make()
+    with pytest.raises(config.InputError, match=named):
+        decode.generate(trained, [ask(trained, "a")], **values)
+
+
+def test_an_empty_prompt_of_plain_text():
+    trained = dataclasses.replace(make(size=0), tokenizer=Letters({}))
+    with pytest.raises(config.InputError, match="prompt is empty"):
+        ask(trained, "")
+    assert ask(trained, "ab").tokens.tolist() == trained.tokenizer.encode("ab")
+
+
+# ---- evaluation's short cut
+
+
+@dataclasses.dataclass
+class Asked:
+    """Questions with answers, as a source."""
+
+    trained: Trained
+    questions: list[str]
+    answers: list[tuple[int, ...]]
+    picture = staticmethod(tiny.picture)
+
+    def document(self, epoch, i):
+        question = chat.Piece("user", self.trained.tokenizer.encode(self.questions[i]))
+        pieces = [chat.Piece("user", picture=i), question, chat.Piece("assistant", self.answers[i])]
+        return chat.document(pieces, self.trained.tokenizer.special, self.trained.layout)
+
+    def sizes(self, epoch):
+        lengths = [len(self.document(0, i)) for i in range(len(self.questions))]
+        return np.array(lengths), np.ones(len(lengths), int)
+
+
+@pytest.mark.parametrize("kind", ["concat", "prefix_lm"])
+def test_one_forward_pass_scores_greedy_answers(kind):
+    """common.score's `exact` is: greedy generation gives exactly the truth, then <end>."""
+    words = ["a", "bc", "def", "ghij", "kl mn", "op", "q", "rst", "uvw", "xyz", "b a", "d"]
+    pictures = [tiny.picture(i) for i in range(len(words))]
+
+    def greedy(end):
+        trained = make(end=end, kind=kind)
+        prompts = [ask(trained, word, [i]) for i, word in enumerate(words)]
+        return trained, decode.generate(trained, prompts, pictures, 6)
+
+    free = greedy(-1)[1]
+    ends = [token for answer in free for token in answer.tokens[1:4] if token not in tiny.SPECIAL.values()]
+    trained, found = greedy(max(set(ends), key=ends.count))  # as <end>: a token that many of them draw, but not at once
+    truths = [answer.tokens for answer in found]
+    for i in range(0, len(truths), 3):  # wrong in one token, or by one token too many
+        wrong = (*truths[i][:-1], 5 + (truths[i][-1] - 4) % 27) if i % 2 and truths[i] else (*truths[i], 7)
+        truths[i] = wrong
+    subject = common.Subject(trained.run, trained.layout, trained.tokenizer, sharding.make_mesh(config.Mesh()),
+                             jax.jit(step_lib.make_eval_step(trained.model)), trained.params, None, "test")  # fmt: skip
+    exact = common.score(subject, Asked(trained, words, truths))[2]
+    expected = [answer.finish == "stop" and answer.tokens == truth
+                for answer, truth in zip(found, truths, strict=True)]  # fmt: skip
+    assert 2 <= sum(expected) < len(words) - 1, "some are right and some are wrong"
+    assert exact.tolist() == expected

@@ -1,0 +1,74 @@
+"""Maps of attention against what the model really computed."""
+
+import numpy as np
+import pytest
+
+from gpt4v_jax import config
+from gpt4v_jax.data import packing
+from gpt4v_jax.interpret import attention as interpret
+from gpt4v_jax.model import attention
+from gpt4v_jax.training.workdir import Trained
+from tests import tiny
+
+
+def make(**values) -> Trained:
+    module, params = tiny.make_model(tiny.make_config(**values))
+    return Trained(config.Config(model=module.config), module.layout, None, None, module, params, 0)
+
+
+def used(trained, document, monkeypatch) -> list[np.ndarray]:
+    """-> the weights [heads, T, T] of each layer, as a forward pass of the whole document computes them."""
+    seen, real = [], attention.weights
+
+    def weights(*args):
+        seen.append(np.asarray(real(*args)))
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "weights", weights)
+        batch = packing.stack([packing.fill([document], tiny.picture, trained.layout)])
+        trained.model.apply({"params": trained.params}, batch)  # not compiled, so that the values are there to be seen
+    T = trained.layout.context
+    return [w[0].reshape(-1, T, T) for w in seen]
+
+
+@pytest.mark.parametrize("values", [
+    {}, {"kind": "prefix_lm"}, {"heads": 4, "kv_heads": 2, "depth": 3, "qk_norm": True},
+])  # fmt: skip
+@pytest.mark.parametrize("text", ["I U4 A2", "U2 A2 I U3 A2"])
+def test_maps_are_the_weights_that_the_model_used(values, text, monkeypatch):
+    trained = make(**values)
+    document = tiny.document(text, trained.layout)
+    layers = used(trained, document, monkeypatch)
+    first, key = document.pictures[0]
+    for query in (first + 1, len(document) - 4, len(document) - 1):
+        maps = interpret.over_picture(trained, document, tiny.picture(key), query)
+        assert maps.shape == (trained.run.model.backbone.depth, 2, 2)
+        expected = [w[:, query, first : first + 4].mean(0).reshape(2, 2) for w in layers]
+        np.testing.assert_allclose(maps, expected, atol=1e-6)
+        shares = maps.sum((1, 2))
+        assert (maps >= 0).all() and (shares <= 1 + 1e-6).all() and (shares > 0).all()
+        assert np.ptp(maps, axis=(1, 2)).min() > 1e-3, "the patches are told apart"
+
+
+def test_what_comes_before_the_picture_sees_nothing_of_it():
+    trained = make()
+    document = tiny.document("U2 A2 I U3", trained.layout)
+    first, key = document.pictures[0]
+    assert (interpret.over_picture(trained, document, tiny.picture(key), first - 1) == 0).all()
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 0)])
+def test_a_weight_lies_where_its_patch_is(row, column):
+    """In the first layer a patch's weight depends on that patch alone, but for the sum that all weights are divided by:
+    when one patch changes, the weights of the others keep their ratios."""
+    trained = make()
+    document = tiny.document("I U3", trained.layout)
+    picture = tiny.picture(5)
+    changed = picture.copy()
+    changed[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] ^= 255
+    before, after = (interpret.over_picture(trained, document, p, len(document) - 1)[0] for p in (picture, changed))
+    ratio = after / before
+    others = np.delete(ratio.ravel(), 2 * row + column)
+    np.testing.assert_allclose(others, others[0], rtol=0.05)  # it is a mean over heads: their sums differ a little
+    assert abs(ratio[row, column] / others[0] - 1) > 0.2

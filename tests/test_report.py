@@ -1,0 +1,209 @@
+"""The page of a run: self-contained, whole, and honest about what is missing."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+import shutil
+import xml.dom.minidom
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpt4v_jax import config, evaluate, report, train
+from gpt4v_jax.data import sources
+from gpt4v_jax.data.datasets.digits_world import KINDS
+from gpt4v_jax.eval import common
+from gpt4v_jax.generate import decode
+from tests.test_evaluate import command, evaluated, folder  # noqa: F401
+
+SECTIONS = ["Training", "Accuracy by kind of question", "What it answers", "Where it looks", "How it was made"]
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag with its attributes, the visible text, and whether tags close in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.words, self.open = [], "", []
+        self.feed(text)
+        assert not self.open or self.open == ["thead"], self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words += data
+
+    def of(self, tag, **wanted):
+        return [a for t, a in self.tags if t == tag and all(a.get(k) == v for k, v in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def page(folder):  # noqa: F811
+    evaluated(folder)
+    assert report.report(folder) == folder / "report.html"
+    return Page((folder / "report.html").read_text())
+
+
+def test_every_section_is_there(page):
+    text = (page.words).replace("\n", " ")
+    at = [text.index(title) for title in SECTIONS]
+    assert at == sorted(at) and not page.of("section", hidden=None), "of a run with pictures no section is hidden"
+    assert "Not here" not in text and "$" not in text
+    assert "digits_world/small" in text and '"steps": 4' in text
+
+
+def test_nothing_is_loaded_from_elsewhere(page, folder):  # noqa: F811
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "base", "object")
+        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert attributes.get(name, "#").startswith(("data:image/png;base64,", "#")), (tag, attributes[name][:80])
+    text = (folder / "report.html").read_text()
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+
+
+def test_plots_are_drawn_in_the_colours_of_the_page(folder, page):  # noqa: F811
+    text = (folder / "report.html").read_text()
+    plots = re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)
+    assert len(plots) >= 5  # loss, accuracy, kinds over time, speed, two splits
+    style = text[: text.index("</style>")]
+    for plot in plots:
+        xml.dom.minidom.parseString(plot.replace("<svg ", '<svg xmlns:xlink="x" ', 1))
+        assert set(re.findall(r"var\(--(\w+)\)", plot)) >= {"ink", "line"}
+        assert all(f"--{name}:" in style for name in re.findall(r"var\(--(\w+)\)", plot))
+        assert not [c for c in re.findall(r"#[0-9a-f]{6}\b", plot) if c not in ("#000000", "#ffffff")]
+    assert style.count("--ink:") == 2, "one for light, one for dark"
+
+
+def test_numbers_of_the_table(folder, page):  # noqa: F811
+    rows = re.findall(r"<tr class=.*?(?=<tr|</tbody)", (folder / "report.html").read_text())
+    assert len(rows) == len(KINDS) + 1
+    results = evaluated(folder)
+    for row in rows:
+        kind, *cells = re.findall(r"<td[^>]*>(.*?)(?:<small>(.*?)</small>)?</td>", row)
+        expected = []
+        for split in ("test", "compositional"):
+            for name in ("questions", "permuted", "counted"):
+                result = results[split][name]
+                right, asked = result.kinds.get(kind[0], (sum(result.right), len(result.right)))
+                low, high = common.interval(right, asked)
+                expected += [(f"{asked:,}", "")] if name == "questions" else []
+                expected.append((f"{right / asked:.3f}", f"{low:.2f} to {high:.2f}"))
+        assert cells == expected
+
+
+def test_right_and_wrong_answers_are_marked(folder, monkeypatch, page):  # noqa: F811
+    """The truth is said of two in three questions, and nonsense with a < in it of the others."""
+    asked, real = [], report.sources.Questions
+    monkeypatch.setattr(report.sources, "Questions", lambda source: asked.append(real(source)) or asked[0])
+
+    def generate(trained, prompts, pictures, **rest):
+        turns = [turn for _, turn in asked[0].items]
+        chosen = np.random.default_rng(0).choice(len(turns), len(prompts), replace=False)
+        return [decode.Answer(turns[k].answer if i % 3 else "<i>", (), "stop") for i, k in enumerate(chosen)]
+
+    monkeypatch.setattr(report.decode, "generate", generate)
+    text = report.report(folder).read_text()
+    grid = text[text.index('class="pictures"') : text.index("Where it looks")]
+    assert grid.count('<figure class="right">') == grid.count("✓ right") == 16
+    assert grid.count('<figure class="wrong">') == grid.count("✗ wrong") == grid.count("truth: <b>") == 8
+    assert grid.count("&lt;i&gt;") == 8 and "<i>" not in text
+    assert "16 right" in text
+
+
+def test_pictures_and_maps(page):
+    sizes = {}
+    for image in page.of("img"):
+        assert image["alt"]
+        picture = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
+        sizes[picture.size] = sizes.get(picture.size, 0) + 1
+    depth = 2
+    assert sizes == {(24, 24): report.SHOWN + report.EXPLAINED, (72, 72): report.EXPLAINED * (depth + 1)}
+
+
+def test_heat_is_bright_where_the_weight_is():
+    weights = np.array([[0.0, 0.0], [0.3, 0.1]])
+    heat = report._heat(np.full((24, 24, 3), 255, np.uint8), weights).astype(int).sum(-1)
+    cells = heat.reshape(2, 36, 2, 36).mean((1, 3))
+    assert heat.shape == (72, 72) and cells[1, 0] > cells[1, 1] > cells[0, 0] == cells[0, 1]
+
+
+def test_the_newest_result_is_shown(tmp_path):
+    for step, right in ((2, 1), (10, 3), (9, 2)):
+        path = tmp_path / "eval" / "my-split-questions" / f"{step}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"metrics": {}, "kinds": {"a": [right, 4], "b": [0, 4]}, "right": []}))
+    found = report.read_results(tmp_path)["my-split"]["questions"]
+    assert (found.step, found.counts("a"), found.counts("all")) == (10, (3, 4), (3, 8))
+    assert found.share("all")[0] == 3 / 8
+
+
+@pytest.mark.parametrize("removed, named", [
+    (["eval"], ["python -m gpt4v_jax.evaluate --workdir"]),
+    (["checkpoints"], ["no checkpoint", "python -m gpt4v_jax.train --config CONFIG --workdir"]),
+    (["metrics.jsonl"], ["no step has been logged", "python -m gpt4v_jax.train"]),
+    (["eval", "checkpoints", "metrics.jsonl", "environment.json"], ["python -m gpt4v_jax.evaluate"]),
+])  # fmt: skip
+def test_what_is_missing_is_said(removed, named, folder, page, tmp_path):  # noqa: F811
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for name in removed:
+        (shutil.rmtree if (copy / name).is_dir() else lambda path: path.unlink())(copy / name)
+    part = Page(report.report(copy).read_text())
+    assert "Not here" in part.words and all(text in part.words for text in named), part.words
+    assert all(title in part.words for title in SECTIONS)
+
+
+def test_the_terminal(folder, page, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(report, "report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(report, "_WORKDIR", type("Flag", (), {"value": str(folder)}))
+    report.main()
+    out = capsys.readouterr().out
+    for kind in KINDS:
+        right, asked = evaluated(folder)["test"]["questions"].kinds[kind]
+        assert re.search(rf"^ *{kind} +{asked} +{right / asked:.3f} 0\.\d+-", out, flags=re.MULTILINE), out
+    assert "all of test" in out and "all of compositional" in out
+    assert "tokens/s" in out and str(folder / "report.html") in out
+    assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 80
+
+
+def test_nothing_is_left_half_written(folder, page, monkeypatch):  # noqa: F811
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(report, "_kinds", lambda results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.report(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    status, error = command(capsys, report.main, f"--workdir={tmp_path / 'none'}")
+    assert status == 2 and error.startswith("error: ") and "holds no run" in error
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_on_text(tmp_path, monkeypatch):
+    """Characters, windows, and samples in place of pictures."""
+    text = "to be or not to be, that is <the> question. " * 40
+    records = {"train": [{"text": text}], "validation": [{"text": text[:900]}]}
+    monkeypatch.setattr(sources, "open_split", lambda data, split: records[split])
+    monkeypatch.setattr(sources, "splits", lambda data: sorted(records))
+    run = config.parse({
+        "steps": 2, "batch": 2, "log_every": 1, "data": {"name": "tiny_shakespeare", "tokenizer": "char", "threads": 0},
+        "model": {"context": 16, "backbone": {"depth": 1, "width": 16, "heads": 2}},
+        "eval": {"batch": 8, "evaluators": ["windows"]},
+    })  # fmt: skip
+    train.train(run, tmp_path / "run")
+    loss = evaluate.evaluate(tmp_path / "run", [], [])["validation"]["windows"].metrics["loss"]
+    page = Page(report.report(tmp_path / "run").read_text())
+    assert f"loss on the validation split is {loss:.3f} nats a token" in page.words
+    assert len(page.of("pre", **{"class": "sample"})) == 4 and not page.of("img")
+    assert len([a for a in page.of("section") if "hidden" in a]) == 2
+    for given in re.findall(r'class="given">(.*?)</span>', (tmp_path / "run" / "report.html").read_text(), re.DOTALL):
+        assert html.unescape(given) in text and len(html.unescape(given)) == 4
