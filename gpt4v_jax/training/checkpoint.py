@@ -29,6 +29,11 @@ class Checkpoints:
         self._best = (metric, mode) if metric else None
         self._manager = ocp.CheckpointManager(
             self.folder,
+            item_handlers={  # named here, so that a new process can read an item's shapes before the item
+                "params": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                 best_fn=(lambda metrics: metrics[metric]) if metric else None,
