@@ -94,7 +94,7 @@ class Model:
     context: int = 256  # positions in a row of the stream, T
     position: str = "rope"  # rope | learned
     tied: bool = True  # the head is the embedding table
-    init_std: float = 0.02
+    init_std: float = 0.02  # of the embedding tables and the head; other matrices start at 1 / sqrt(fan-in)
     embed_norm: bool = False  # norm of the fused stream: every modality enters the blocks at one scale
     backbone: Backbone = Backbone()
     image: Image = Image()

@@ -47,7 +47,7 @@ class Found(NamedTuple):
     def counts(self, kind: str) -> tuple[int, int]:
         """-> (right, asked); the kind "all" is all of them."""
         kinds = self.result.kinds
-        return tuple(map(sum, zip(*kinds.values(), strict=True))) if kind == "all" else kinds.get(kind, (0, 0))
+        return tuple(map(sum, zip(*kinds.values(), strict=True)) if kind == "all" else kinds.get(kind, (0, 0)))
 
     def share(self, kind: str = "all") -> tuple[float, float, float]:
         """-> (share right, low and high end of its 95 % interval)."""
@@ -279,7 +279,8 @@ def _bars(split: str, by_name: dict[str, Found], rows: list[str], names: list[st
         at = np.arange(len(rows)) + (k - (len(names) - 1) / 2) * high
         share, low, top = np.array([by_name[name].share(kind) for kind in rows]).T
         axes.barh(at, share, high * 0.9, color=colours[name], label=EVALUATORS[name])
-        axes.errorbar(share, at, xerr=(share - low, top - share), fmt="none", ecolor=INK, elinewidth=1)
+        sides = np.maximum((share - low, top - share), 0)  # at a share of 0 rounding makes one of them -1e-17
+        axes.errorbar(share, at, xerr=sides, fmt="none", ecolor=INK, elinewidth=1)
         for y, value, end in zip(at, share, top, strict=True) if name == "questions" else ():
             axes.text(end + 0.015, y, f"{value:.2f}", va="center", fontsize=8.5, color=INK)
     axes.set(xlim=(0, 1.08), ylim=(len(rows) - 0.4, -0.6), xticks=np.arange(0, 1.01, 0.2))

@@ -14,15 +14,14 @@ class Attention(nn.Module):
 
     config: config.Backbone
     rotary: bool
-    std: float
-    out_std: float
+    out_gain: float
 
     @nn.compact
     def __call__(self, x_BTD, position_BT, sight: attention.Sight, kv=None, capture=False):
         c, D = self.config, x_BTD.shape[-1]
 
         def project(name, heads):
-            return Linear((D,), (heads, c.head_dim), c.bias, self.std, name=name)(x_BTD)
+            return Linear((D,), (heads, c.head_dim), c.bias, name=name)(x_BTD)
 
         q, k, v = project("query", c.heads), project("key", c.kv_heads), project("value", c.kv_heads)
         if c.qk_norm:
@@ -35,7 +34,7 @@ class Attention(nn.Module):
             kv = tuple(jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(kv, (k, v), strict=True))
             k, v = kv
         x_BTNH = attention.attend(q, k, v, sight)
-        out = Linear((c.heads, c.head_dim), (D,), c.bias, self.out_std, name="out")(x_BTNH)
+        out = Linear((c.heads, c.head_dim), (D,), c.bias, self.out_gain, name="out")(x_BTNH)
         return out, kv, {"query": q, "key": k} if capture else {}
 
 
@@ -44,20 +43,17 @@ class Block(nn.Module):
 
     config: config.Backbone
     rotary: bool
-    std: float
 
     @nn.compact
     def __call__(self, x, position, sight, kv=None, key=None, capture=False):
         c = self.config
-        out_std = self.std / (2 * c.depth) ** 0.5  # the residual stream's variance does not grow with depth (GPT-2)
+        out_gain = (2 * c.depth) ** -0.5  # the residual stream's variance does not grow with depth (GPT-2)
         keys = (None, None) if key is None else jax.random.split(key)
         norm = Norm(c.norm, c.norm_eps, name="attention_norm")
-        mixed, kv, out = Attention(c, self.rotary, self.std, out_std, name="attention")(
-            norm(x), position, sight, kv, capture
-        )
+        mixed, kv, out = Attention(c, self.rotary, out_gain, name="attention")(norm(x), position, sight, kv, capture)
         x = shard(x + dropout(mixed, c.dropout, keys[0]), "batch")
         norm = Norm(c.norm, c.norm_eps, name="mlp_norm")
-        mlp = MLP(c.hidden, c.activation, c.bias, self.std, out_std, name="mlp")
+        mlp = MLP(c.hidden, c.activation, c.bias, out_gain, name="mlp")
         return shard(x + dropout(mlp(norm(x)), c.dropout, keys[1]), "batch"), kv, out
 
 
@@ -66,7 +62,6 @@ class Backbone(nn.Module):
 
     config: config.Backbone
     rotary: bool
-    std: float = 0.02
 
     @nn.compact
     def __call__(self, x, position, sight, cache: attention.Cache | None = None, key=None, capture=False):
@@ -77,9 +72,7 @@ class Backbone(nn.Module):
         for i in range(c.depth):  # a list, not a scan: faster on a CPU and in decoding
             kv = None if cache is None else (cache.k[i], cache.v[i])
             layer_key = None if key is None else jax.random.fold_in(key, i)
-            x, kv, captured = Block(c, self.rotary, self.std, name=f"block_{i}")(
-                x, position, sight, kv, layer_key, capture
-            )
+            x, kv, captured = Block(c, self.rotary, name=f"block_{i}")(x, position, sight, kv, layer_key, capture)
             kvs.append(kv)
             out |= {f"block_{i}/{name}": value for name, value in captured.items()}
         return Norm(c.norm, c.norm_eps, name="norm")(x), kvs, out

@@ -31,11 +31,11 @@ class GPT4V(nn.Module):
         self.text = TextEmbed(c)
         if c.image.size:
             self.image = ImageEmbed(c)
-        self.backbone = Backbone(c.backbone, rotary=c.position == "rope", std=c.init_std)
+        self.backbone = Backbone(c.backbone, rotary=c.position == "rope")
         if c.embed_norm:
             self.embed_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
         if not c.tied:
-            self.head = Linear((c.backbone.width,), (c.vocab,), std=c.init_std)
+            self.head = Linear((c.backbone.width,), (c.vocab,), gain=c.init_std * c.backbone.width**0.5)
 
     def __call__(self, batch: batch_lib.Batch, cache=None, key=None, capture: bool = False):
         """-> (hidden [B,T,D], cache, out).

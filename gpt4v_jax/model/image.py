@@ -17,7 +17,6 @@ class PatchEmbed(nn.Module):
 
     config: config.Image
     width: int
-    std: float
 
     @nn.compact
     def __call__(self, patch_BMp, index_BM3):
@@ -26,7 +25,7 @@ class PatchEmbed(nn.Module):
         if c.patch_norm:
             x = Norm("layer", PATCH_NORM_EPS, name="patch_norm")(x)
         values = c.patch**2 * 3
-        x = Linear((values,), (self.width,), True, values**-0.5, name="embed")(x)
+        x = Linear((values,), (self.width,), True, name="embed")(x)
         if c.position == "learned":
             # As large as the patches' own vectors: at 0.02 a patch's place is lost beside its content for an epoch.
             table = Table(c.grid**2, self.width, 0.5, name="position")
@@ -42,13 +41,12 @@ class ImageEmbed(nn.Module):
     @nn.compact
     def __call__(self, media: batch_lib.Media, document, step) -> batch_lib.Segment:
         c, width = self.config.image, self.config.backbone.width
-        std = self.config.init_std
         encoder = c.encoder
-        x = _patches(c, encoder.width if encoder else width, std)(media.patch, media.index)
+        x = _patches(c, encoder.width if encoder else width)(media.patch, media.index)
         if encoder:
             sight = _within(media.item)
-            x, _, _ = Backbone(encoder, rotary=False, std=std, name="encoder")(x, None, sight)
-            x = Linear((encoder.width,), (width,), True, std, name="connector")(x)
+            x, _, _ = Backbone(encoder, rotary=False, name="encoder")(x, None, sight)
+            x = Linear((encoder.width,), (width,), True, name="connector")(x)
         # A medium takes the document and the step of its first placeholder.
         item_at = jnp.take_along_axis(media.at, jnp.maximum(media.item - 1, 0), axis=1)
 
@@ -62,23 +60,22 @@ class ImageClassifier(nn.Module):
     """ViT with a class token (Dosovitskiy et al. 2020): one picture a row, [B,M,p] -> logits [B,classes]."""
 
     config: config.Image
-    std: float = 0.02
 
     @nn.compact
     def __call__(self, patch_BMp, index_BM3):
         c, width = self.config, self.config.encoder.width
-        x = _patches(c, width, self.std)(patch_BMp, index_BM3)
+        x = _patches(c, width)(patch_BMp, index_BM3)
         # Row 0 of the table is the token, row 1 its position: pictures have grid^2 positions of their own.
-        token = Table(2, width, self.std, name="class_token")(jnp.arange(2)).sum(0)
+        token = Table(2, width, name="class_token")(jnp.arange(2)).sum(0)
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, width)), x], axis=1)
-        x, _, _ = Backbone(c.encoder, rotary=False, std=self.std, name="encoder")(
+        x, _, _ = Backbone(c.encoder, rotary=False, name="encoder")(
             x, None, _within(jnp.ones(x.shape[:2], jnp.int32))
         )
-        return Linear((width,), (c.classes,), True, self.std, name="head")(x[:, 0])
+        return Linear((width,), (c.classes,), True, name="head")(x[:, 0])
 
 
-def _patches(c: config.Image, width: int, std: float) -> PatchEmbed:
-    return PatchEmbed(c, width, std, name="image")
+def _patches(c: config.Image, width: int) -> PatchEmbed:
+    return PatchEmbed(c, width, name="image")
 
 
 def _within(item_BM) -> attention.Sight:

@@ -23,21 +23,24 @@ ACTIVATIONS = {
 class Linear(nn.Module):
     """y = x W + b over the last len(inputs) dimensions of x: [..., *inputs] -> [..., *outputs].
 
-    The product is one flat matrix product: on a CPU XLA runs that at twice the speed of the batched form.
+    W starts with standard deviation gain / sqrt(fan-in): at small widths GPT-2's 0.02 would start attention uniform and
+    every block near zero. The product is one flat matrix product: on a CPU XLA runs that at twice the speed of the
+    batched form.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     bias: bool = False
-    std: float = 0.02
+    gain: float = 1.0
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(self.std), self.inputs + self.outputs)
+        fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
+        init = nn.initializers.normal(self.gain * fan_in**-0.5)
+        kernel = self.param("kernel", init, self.inputs + self.outputs)
         rows = x.shape[: x.ndim - len(self.inputs)]
         if x.shape[len(rows) :] != self.inputs:
             raise ValueError(f"{self.path}: expected [..., {self.inputs}], got {x.shape}")
-        fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)
         y = y.reshape(*rows, *self.outputs)
         return y + self.param("bias", nn.initializers.zeros, self.outputs) if self.bias else y
@@ -85,20 +88,19 @@ class MLP(nn.Module):
     hidden: int
     activation: str
     bias: bool
-    std: float
-    out_std: float
+    out_gain: float = 1.0
 
     @nn.compact
     def __call__(self, x_BTD):
         D = x_BTD.shape[-1]
         act = ACTIVATIONS[self.activation]
-        up_BTF = Linear((D,), (self.hidden,), self.bias, self.std, name="up")(x_BTD)
+        up_BTF = Linear((D,), (self.hidden,), self.bias, name="up")(x_BTD)
         if self.activation == "swiglu":
-            up_BTF *= act(Linear((D,), (self.hidden,), self.bias, self.std, name="gate")(x_BTD))
+            up_BTF *= act(Linear((D,), (self.hidden,), self.bias, name="gate")(x_BTD))
         else:
             up_BTF = act(up_BTF)
         up_BTF = shard(up_BTF, "batch", None, "hidden")
-        return Linear((self.hidden,), (D,), self.bias, self.out_std, name="down")(up_BTF)
+        return Linear((self.hidden,), (D,), self.bias, self.out_gain, name="down")(up_BTF)
 
 
 def dropout(x, rate: float, key):

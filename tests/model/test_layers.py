@@ -55,7 +55,7 @@ def test_norms():
 ])  # fmt: skip
 def test_mlp(activation, act):
     x = X[0]
-    y, params = made(layers.MLP(7, activation, bias=True, std=0.1, out_std=0.1), x)
+    y, params = made(layers.MLP(7, activation, bias=True), x)
     up = x @ params["up"]["kernel"] + params["up"]["bias"]
     if activation == "swiglu":
         gate = x @ params["gate"]["kernel"] + params["gate"]["bias"]
