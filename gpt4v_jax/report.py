@@ -76,6 +76,7 @@ def report(folder: Path) -> Path:
         first_loss=f"The first loss is {first['loss']:.3f}; a guess at random costs ln {vocab} = {math.log(vocab):.3f}."
         if first and vocab else "",
         of_pictures="" if run.model.image.size else "hidden",
+        verb="answers" if run.model.image.size else "writes",
         training=_curves(lines) or _missing("no step has been logged yet", _command("train", folder)),
         kinds=_kinds(results) or _missing("no results of evaluations yet", _command("evaluate", folder)),
         answers=answers,
@@ -363,11 +364,11 @@ def table(results: dict[str, dict[str, Found]]) -> rich.table.Table:
     splits = [split for split in results if "questions" in results[split]]
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
     title = f"{splits[0]} split: share of questions right, 95 % interval"
-    out = rich.table.Table("kind", title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    out = rich.table.Table("kind", title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title_justify="left")
     for name in ("asked", *(EVALUATORS[name] for name in names)):
         out.add_column(name, justify="right", no_wrap=True)
     kinds = sorted(results[splits[0]]["questions"].result.kinds)
-    rows = [*((splits[0], kind, kind) for kind in kinds), *((split, "all", f"all of {split}") for split in splits)]
+    rows = [(splits[0], kind, kind) for kind in (*kinds, "all")] + [(split, "all", split) for split in splits[1:]]
     for split, kind, label in rows:
         found = results[split]
         cells = ["{:.3f} {:.3f}-{:.3f}".format(*found[n].share(kind)) if n in found else "" for n in names]

@@ -16,12 +16,16 @@ SPECIAL = {"<pad>": 0, "<end>": 1, "<user>": 2, "<assistant>": 3, "<image>": 4}
 VOCAB = 32
 
 
-def make_config(kind="concat", context=24, size=4, encoder=False, init_std=0.3, tied=True, position="rope", **backbone):
+def make_config(kind="concat", context=24, size=4, encoder=False, init_std=0.3, tied=True, position="rope",
+                embed_norm=False, patch_norm=False, **backbone):  # fmt: skip
     """A config.Model; pictures are 2 x 2 patches of 2 x 2 pixels. init_std is large, so that errors show."""
     block = {"depth": 2, "width": 16, "heads": 2, "hidden": 32} | backbone
-    image = config.Image(size=size, patch=2, encoder=config.Backbone(**block | {"depth": 1}) if encoder else None)
-    return config.Model(vocab=VOCAB, context=context, position=position, tied=tied, init_std=init_std,
-                        backbone=config.Backbone(**block), image=image, fusion=config.Fusion(kind))  # fmt: skip
+    encoder = config.Backbone(**block | {"depth": 1}) if encoder else None
+    return config.Model(
+        vocab=VOCAB, context=context, position=position, tied=tied, init_std=init_std, embed_norm=embed_norm,
+        backbone=config.Backbone(**block), fusion=config.Fusion(kind),
+        image=config.Image(size=size, patch=2, patch_norm=patch_norm, encoder=encoder),
+    )  # fmt: skip
 
 
 def make_module(model: config.Model) -> GPT4V:

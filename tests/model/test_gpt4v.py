@@ -109,23 +109,27 @@ def test_packed_rows_equal_separate_rows(kind, position):
 
 # Every pair of values of two settings occurs in some row.
 VARIANTS = [
-    # norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder
-    ("rms", "gelu", False, 2, False, True, "rope", "concat", False),
-    ("rms", "gelu_tanh", True, 1, True, False, "learned", "prefix_lm", True),
-    ("rms", "swiglu", False, 1, False, False, "learned", "concat", True),
-    ("layer", "gelu", True, 1, True, False, "rope", "prefix_lm", False),
-    ("layer", "gelu_tanh", False, 2, True, True, "learned", "concat", False),
-    ("layer", "swiglu", True, 2, False, True, "rope", "prefix_lm", True),
+    # norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder, embed_norm, patch_norm
+    ("rms", "gelu_tanh", True, 2, False, True, "learned", "concat", True, True, False),
+    ("layer", "gelu", False, 1, True, False, "rope", "prefix_lm", False, False, True),
+    ("layer", "swiglu", True, 1, False, False, "rope", "prefix_lm", True, True, False),
+    ("rms", "swiglu", False, 2, True, True, "learned", "concat", False, False, True),
+    ("rms", "gelu_tanh", False, 1, True, False, "learned", "prefix_lm", True, False, False),
+    ("layer", "gelu_tanh", True, 2, False, False, "rope", "concat", False, False, True),
+    ("rms", "gelu", True, 1, True, True, "rope", "concat", True, True, True),
+    ("layer", "gelu", False, 2, False, True, "learned", "prefix_lm", False, True, False),
 ]
 
 
-@pytest.mark.parametrize("norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder", VARIANTS)
+@pytest.mark.parametrize(
+    "norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder, embed_norm, patch_norm", VARIANTS
+)
 def test_variants_start_at_ln_v_and_train_every_parameter(
-    norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder
+    norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder, embed_norm, patch_norm
 ):
     model, params = tiny.make_model(tiny.make_config(
         kind, encoder=encoder, init_std=0.02, tied=tied, position=position, norm=norm, activation=activation, bias=bias,
-        kv_heads=kv_heads, qk_norm=qk_norm,
+        kv_heads=kv_heads, qk_norm=qk_norm, embed_norm=embed_norm, patch_norm=patch_norm, depth=1,
     ))  # fmt: skip
     batch = tiny.rows(model.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
 
@@ -143,7 +147,7 @@ def test_variants_start_at_ln_v_and_train_every_parameter(
 
 
 def test_pairs_of_settings_are_covered():
-    for i in range(9):
+    for i in range(11):
         for j in range(i):
             seen = {(row[i], row[j]) for row in VARIANTS}
             assert len(seen) == len({row[i] for row in VARIANTS}) * len({row[j] for row in VARIANTS}), (i, j)

@@ -9,13 +9,14 @@ from gpt4v_jax.model.image import ImageEmbed, PatchEmbed
 from tests import tiny
 
 
-def test_patches_and_linear_are_a_convolution():
+@pytest.mark.parametrize("patch_norm", [False, True])
+def test_patches_and_linear_are_a_convolution(patch_norm):
     size, patch, width = 6, 2, 5
     picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
-    image = tiny.make_config(size=size).image
+    image = tiny.make_config(size=size, patch_norm=patch_norm).image
     index = np.zeros((1, 9, 3), np.int32)
     index[0, :, 1:] = [(row, column) for row in range(3) for column in range(3)]
-    embed = PatchEmbed(image, width, 0.5)
+    embed = PatchEmbed(image, width)
     variables = embed.init(jax.random.key(0), packing.patchify(picture, patch)[None], index)
     params = jax.tree.map(np.asarray, variables["params"])
     kernel = params["embed"]["kernel"].reshape(patch, patch, 3, width)
@@ -27,6 +28,8 @@ def test_patches_and_linear_are_a_convolution():
     for row in range(3):
         for column in range(3):
             window = pixels[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            if patch_norm:
+                window = (window - window.mean()) / np.sqrt(window.var() + 0.01)
             convolved = (window[..., None] * kernel).sum((0, 1, 2)) + bias
             position = params["position"]["table"][row * 3 + column]
             np.testing.assert_allclose(x[row * 3 + column], convolved + position, atol=1e-5)

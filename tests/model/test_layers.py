@@ -38,6 +38,12 @@ def test_linear_refuses_another_width():
         made(layers.Linear((4,), (6,)), X)
 
 
+def test_linear_starts_at_unit_scale():
+    """Its kernel's standard deviation is gain / sqrt(fan-in), whatever the shape of the inputs."""
+    params = layers.Linear((40, 50), (60,), gain=0.5).init(jax.random.key(0), jnp.zeros((1, 40, 50)))["params"]
+    assert float(params["kernel"].std()) == pytest.approx(0.5 / np.sqrt(40 * 50), rel=0.01)
+
+
 def test_norms():
     y, params = made(layers.Norm("rms", 1e-6), X)
     np.testing.assert_allclose(y, X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-6) * params["scale"], atol=1e-5)

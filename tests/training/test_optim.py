@@ -72,11 +72,12 @@ def test_clip_is_by_the_global_norm():
 
 
 def test_muon_moves_the_matrices_of_blocks_alone():
-    """A Muon update is nearly orthogonal: its singular values lie close together. The rest moves as AdamW moves it."""
+    """A Muon update is nearly orthogonal: its singular values lie close together. The rest moves by Adam: in the first
+    step every value by about the learning rate, against its gradient."""
     settings = {"steps": 1, "lr": 0.1, "weight_decay": 0.0, "clip": 0.0}
     muon, adam = moved(name="muon", **settings), moved(name="adamw", **settings)
     for path, change in muon.items():
-        if "block_" in path and path.endswith("kernel"):
+        if path.endswith("kernel") and ("block_" in path or path == "image/image/embed/kernel"):
             inputs = 2 if path.endswith("attention/out/kernel") else 1
             matrix = change.reshape(int(np.prod(change.shape[:inputs])), -1)
             values = np.linalg.svd(matrix, compute_uv=False)
@@ -85,7 +86,8 @@ def test_muon_moves_the_matrices_of_blocks_alone():
             rms = np.sqrt((change**2).mean() / (adam[path] ** 2).mean())
             assert 0.1 < rms < 0.4, path
         else:
-            np.testing.assert_allclose(change, adam[path], rtol=1e-4, atol=1e-6, err_msg=path)
+            ratio = change / adam[path]  # 1.47: optax's Muon looks ahead (Nesterov) in its Adam, too
+            np.testing.assert_allclose(ratio, 1.4737, rtol=1e-3, err_msg=path)
 
 
 @pytest.mark.parametrize("field", ["decay", "frozen"])
