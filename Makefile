@@ -47,7 +47,7 @@ quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1# huge pages: f
 quickstart: $(CORE)
 	$(PY) -m gpt4v_jax.train --config configs/quickstart.py --workdir $(WORKDIR)
 	$(PY) -m gpt4v_jax.evaluate --workdir $(WORKDIR)
-	$(PY) -m gpt4v_jax.generate --workdir $(WORKDIR) --split test --index 0 --prompt "what digit is the red one?"
+	$(PY) -m gpt4v_jax.generate --workdir $(WORKDIR) --record test:0
 	$(PY) -m gpt4v_jax.report --workdir $(WORKDIR)
 
 test: lint

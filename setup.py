@@ -29,6 +29,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt4v_jax", "gpt4v_jax.*"]),
+    package_data={"gpt4v_jax": ["report.html"]},
     install_requires=CORE,
     extras_require={
         "test": TEST,

@@ -19,10 +19,10 @@ from gpt4v_jax.eval import common
 from gpt4v_jax.training import step as step_lib
 from gpt4v_jax.training import workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
 _SPLITS = flags.DEFINE_list("split", None, "splits, comma-separated; otherwise all but train")
 _EVALUATORS = flags.DEFINE_list("evaluator", None, "evaluators, comma-separated; otherwise the config's and `counted`")
-_STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best")
+_STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 
 
 def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int | None = None) -> dict[str, dict]:

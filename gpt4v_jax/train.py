@@ -23,7 +23,7 @@ from gpt4v_jax.training import checkpoint, metrics, optim, workdir
 from gpt4v_jax.training import step as step_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, such as configs/digits_world.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; a run that is there is continued")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; a run there is continued", allow_override=True)
 
 
 def train(run: config.Config, folder: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ from gpt4v_jax.data import sources, transforms
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.training import workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "the question, or the text to go on with")
 _IMAGE = flags.DEFINE_multi_string("image", [], "a picture file; may be given several times")
 _RECORD = flags.DEFINE_string(
@@ -22,7 +22,7 @@ _TOP_P = flags.DEFINE_float("top_p", 1.0, "draw among the most probable tokens w
 _SAMPLES = flags.DEFINE_integer("samples", 1, "answers; sample i uses seed + i")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the first sample")
 _STOP = flags.DEFINE_multi_string("stop", [], "a text before which the answer ends; may be given several times")
-_STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best")
+_STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 
 
 def main() -> None:

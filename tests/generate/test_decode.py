@@ -141,9 +141,10 @@ def test_a_batch_of_prompts_equals_each_alone(name):
 
 
 def test_greedy_is_the_argmax_of_the_full_forward():
-    trained = make()
+    trained = make(tied=False)  # with a tied head a random model repeats itself, and its argmax shows no error
     prompt, picture = ask(trained, "abc", [0]), tiny.picture(0)
     answer = decode.generate(trained, [prompt], [picture], max_new_tokens=6)[0]
+    assert len(set(answer.tokens)) > 3
     tokens = prompt.tokens
     for token in answer.tokens:
         ar = np.append(prompt.ar, np.ones(len(tokens) - len(prompt), bool))
@@ -291,7 +292,7 @@ def test_one_forward_pass_scores_greedy_answers(kind):
     pictures = [tiny.picture(i) for i in range(len(words))]
 
     def greedy(end):
-        trained = make(end=end, kind=kind)
+        trained = make(end=end, kind=kind, tied=False)
         prompts = [ask(trained, word, [i]) for i, word in enumerate(words)]
         return trained, decode.generate(trained, prompts, pictures, 6)
 

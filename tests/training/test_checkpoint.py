@@ -1,7 +1,8 @@
 """Checkpoints: bit-equal, checked against the model, the best kept beside the newest."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,16 +12,22 @@ from gpt4v_jax.training import step as step_lib
 from tests import tiny
 
 
-def state_of(step=0, name="adamw", seed=0, **changes):
+@functools.cache
+def initial(name="adamw", seed=0, **changes):
     model = tiny.make_module(tiny.make_config(**{"depth": 1} | changes))
     tx = optim.make(config.Optim(name=name), 10, step_lib.abstract_params(model))
-    state = step_lib.init_state(model, tx, seed, sharding.make_mesh(config.Mesh()))
-    return state.replace(step=jnp.int32(step) + state.step)
+    return step_lib.init_state(model, tx, seed, sharding.make_mesh(config.Mesh()))
+
+
+def state_of(step=0, **changes):
+    state = initial(**changes)
+    return state.replace(step=jax.device_put(np.int32(step), state.step.sharding))
 
 
 def noise(tree):
     """Another tree with random values, so that nothing equals its initial value."""
-    return jax.tree.map(lambda x: x + jnp.array(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), tree)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), tree)
 
 
 def equal(a, b):
