@@ -228,7 +228,7 @@ def _parse_value(value: Any, hint: Any, path: str):
             raise InputError(f"{path}={value!r} must be a section of the config, with the keys of {hint.__name__}")
         return parse(value, hint, path)
     if typing.get_origin(hint) is tuple:
-        if isinstance(value, str) or not all(isinstance(item, options[0]) for item in value):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(item, options[0]) for item in value):
             raise InputError(f"{path}={value!r} must be a list of {options[0].__name__}")
         return tuple(value)
     if hint is float and type(value) is int:
@@ -267,8 +267,9 @@ def _parse_flags(required: tuple[str, ...]) -> None:
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except (AttributeError, KeyError) as error:  # a key that a locked ConfigDict does not have; it names the nearest
-        text = str(error.args[0]).replace("\\n", " ").replace("\\'", "'")
-        raise InputError("unknown config key " + " ".join(text.replace("'\"", "'").split()).strip("\"'")) from error
+        text = str(error.args[0]).replace("\\n", " ")
+        text = " ".join(text.translate(str.maketrans("", "", "\\'\"")).split())
+        raise InputError(f"unknown config key {text}") from error
     except (flags.Error, OSError, ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if rest:
@@ -278,6 +279,10 @@ def _parse_flags(required: tuple[str, ...]) -> None:
             raise InputError(f"--{name} is missing: --help lists the flags")
 
 
-def from_flag(values: ml_collections.ConfigDict) -> Config:
-    """The value of a config_flags flag -> Config."""
-    return parse(values.to_dict())
+def from_flag(flag) -> Config:
+    """A config_flags flag -> Config. Its file may be loaded only now: a file that is not there is an InputError."""
+    try:
+        values = flag.value.to_dict()
+    except (flags.Error, OSError) as error:
+        raise InputError(f"--{flag.name}: " + " ".join(str(error).split())) from error
+    return parse(values)

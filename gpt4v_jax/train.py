@@ -43,6 +43,7 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     layout = batch_lib.layout(run.model, run.data)
     source = sources.from_records(records, run.data, tokenizer, layout, run.seed)
     plan = packing.RowPlan(source.sizes, layout, run.seed)
+    next(pipeline.batches(source, plan, layout, run.batch, 0, 1))  # what is wrong with records is said before a file is
 
     # ---- state
     model = GPT4V(run.model, layout)
@@ -109,6 +110,7 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
                 since = []
                 paused += time.time() - before
             if due or last or step % run.save_every == 0:
+                log.flush()  # a run that is killed now resumes behind this step
                 checkpoints.save(state, results if due or last else None)
     log.close()
     checkpoints.wait()
@@ -148,7 +150,7 @@ def _line(step: int, epoch: int, since, results: dict[str, float]) -> str:
 
 
 def main() -> None:
-    train(config.from_flag(_CONFIG.value), Path(_WORKDIR.value))
+    train(config.from_flag(_CONFIG), Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], la
             row.slot[start + first : start + first + patches] = np.arange(slots.start, slots.stop)
             items += 1
         start += n
-    if row.tokens.min() < 0 or row.tokens.max() >= layout.vocab:
-        odd = row.tokens[(row.tokens < 0) | (row.tokens >= layout.vocab)][0]
+    ids = np.concatenate([row.tokens, row.target])
+    if ids.min() < 0 or ids.max() >= layout.vocab:
+        odd = ids[(ids < 0) | (ids >= layout.vocab)][0]
         raise config.InputError(f"token id {odd} is outside the vocabulary of {layout.vocab}: is it this tokenizer's?")
     return row
 

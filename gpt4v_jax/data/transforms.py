@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -10,6 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gpt4v_jax import config
 
 PIXEL_LIMIT = 64_000_000  # more are refused before they are decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, and at twice its size hides behind another error
 
 
 def load_picture(path: str | os.PathLike, size: int) -> np.ndarray:
@@ -26,9 +26,7 @@ def load_picture(path: str | os.PathLike, size: int) -> np.ndarray:
 def decode_picture(data: bytes, size: int) -> np.ndarray:
     """An encoded picture -> uint8 [size, size, 3]: upright (EXIF), 8 bits, on white where it is transparent."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # PIXEL_LIMIT is stricter
-            picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data))
         if picture.width * picture.height > PIXEL_LIMIT:
             raise config.InputError(
                 f"{picture.width}x{picture.height} is more than {PIXEL_LIMIT} pixels: make the picture smaller"
@@ -36,7 +34,7 @@ def decode_picture(data: bytes, size: int) -> np.ndarray:
         picture = to_rgb(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError:  # its own text holds a memory address
         raise config.InputError("not a picture that Pillow can read (PNG, JPEG, GIF, WebP, TIFF, BMP)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise config.InputError("a damaged picture: it cannot be decoded to its end") from error
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
 

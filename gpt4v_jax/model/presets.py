@@ -1,6 +1,7 @@
 """The table of published sizes, one row each: a preset is the values that differ from the dataclass's defaults.
 
-    config.model.update(presets.MODELS["gpt2"])
+    config.model.update(presets.MODELS["gpt2"])                      # in a config file
+    config.parse(presets.IMAGES["vit-b/16"], config.Image)           # a ViT, which is no config of a run
 """
 
 _GPT2 = {"position": "learned", "tied": True, "vocab": 50257, "context": 1024}

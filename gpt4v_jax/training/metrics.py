@@ -33,7 +33,7 @@ class Log:
             self._board.add_scalar(name, value, step)
 
     def later(self, step: int, values: dict) -> dict | None:
-        """Writes the values of the call before, and -> them as floats (None at first)."""
+        """Writes the values of the call before, and -> them as floats (None where none wait)."""
         ready, self._waiting = self._waiting, (step, values)
         if ready is None:
             return None
@@ -41,11 +41,16 @@ class Log:
         self.write(ready[0], done)
         return done
 
-    def close(self) -> dict | None:
-        last = self.later(0, {})
+    def flush(self) -> None:
+        """Writes the values that wait."""
+        if self._waiting:
+            self.write(*self._waiting)
+            self._waiting = None
+
+    def close(self) -> None:
+        self.flush()
         self._file.close()
         self._board.close()
-        return last
 
 
 def _step(line: str) -> int:
@@ -56,9 +61,10 @@ def _step(line: str) -> int:
 
 
 def read(workdir: Path) -> list[dict]:
-    """-> the lines of metrics.jsonl."""
+    """-> the lines of metrics.jsonl, without one that a killed run left half-written."""
     path = Path(workdir) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step(line) < sys.maxsize]
 
 
 class Progress:

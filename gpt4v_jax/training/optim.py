@@ -36,7 +36,10 @@ def matching(pattern: str, params):
 
 
 def make(c: config.Optim, steps: int, params) -> optax.GradientTransformation:
-    """clip -> AdamW or Muon with decoupled decay on `c.decay` -> zero updates on `c.frozen`."""
+    """clip -> AdamW or Muon with decoupled decay on `c.decay` -> zero updates on `c.frozen`.
+
+    With muon only its matrices decay; tables, norms and the head are left to (Nesterov) Adam without decay.
+    """
     lr, decay = schedule(c, steps), matching(c.decay, params)
     if c.name == "adamw":
         tx = optax.adamw(lr, c.b1, c.b2, weight_decay=c.weight_decay, mask=decay)
