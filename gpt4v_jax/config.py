@@ -279,10 +279,9 @@ def _parse_flags(required: tuple[str, ...]) -> None:
             raise InputError(f"--{name} is missing: --help lists the flags")
 
 
-def from_flag(flag) -> Config:
-    """A config_flags flag -> Config. Its file may be loaded only now: a file that is not there is an InputError."""
+def from_flag(values: ml_collections.ConfigDict) -> Config:
+    """The value of a config_flags flag -> Config. One whose file was not found raises only when it is touched."""
     try:
-        values = flag.value.to_dict()
-    except (flags.Error, OSError) as error:
-        raise InputError(f"--{flag.name}: " + " ".join(str(error).split())) from error
-    return parse(values)
+        return parse(values.to_dict())
+    except OSError as error:
+        raise InputError("--config: " + " ".join(str(error).split())) from error

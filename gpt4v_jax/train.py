@@ -150,7 +150,7 @@ def _line(step: int, epoch: int, since, results: dict[str, float]) -> str:
 
 
 def main() -> None:
-    train(config.from_flag(_CONFIG), Path(_WORKDIR.value))
+    train(config.from_flag(_CONFIG.value), Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":
