@@ -65,11 +65,13 @@ def table(results: dict[str, dict], step: int | str = "") -> rich.table.Table:
 
 def _counts(result: common.Result, kind: str) -> tuple[int, int]:
     if kind != "all":
-        return result.kinds[kind]
+        return result.kinds.get(kind, (0, 0))
     return sum(right for right, _ in result.kinds.values()), sum(asked for _, asked in result.kinds.values())
 
 
 def _share(right: int, asked: int) -> str:
+    if not asked:
+        return ""
     low, high = common.interval(right, asked)
     return f"{right / asked:.3f} [{low:.3f}, {high:.3f}]"
 

@@ -75,6 +75,8 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
         return results
 
     # ---- loop
+    minutes = [line["minutes"] for line in metrics.read(folder) if "minutes" in line] if start else []
+    spent = minutes[-1] if minutes else 0.0
     log = metrics.Log(folder, start)
     progress = metrics.Progress(run.steps, start)
     progress.line(summary(run, layout, state.params, mesh, source, tokenizer, start))
@@ -93,7 +95,8 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
                 log.write(step, values)
             elif step % run.log_every == 0 or step == run.steps:
                 rate = row_tokens * (step - start - 1) / max(time.time() - compiled - paused, 1e-9)
-                done = log.later(step, values | {"tokens_per_second": rate, "epoch": float(epoch)})
+                clock = {"tokens_per_second": rate, "epoch": epoch, "minutes": spent + (time.time() - started) / 60}
+                done = log.later(step, values | clock)
                 if done:
                     left = (run.steps - step) * row_tokens / rate
                     progress.show(step, done["loss"], rate, left)

@@ -38,8 +38,9 @@ def open_split(data: config.Data, split: str):
     """-> the records of a split: len(), [i] -> dict; a picture is its file's bytes."""
     builder = open_builder(data)
     if split not in builder.info.splits:
-        known = ", ".join(sorted(builder.info.splits))
-        raise config.InputError(f"split {split!r} of {data.name} is none of: {known}")
+        known = sorted(builder.info.splits)
+        near = config.nearest(split, known)
+        raise config.InputError(f"split {split!r} of {data.name} is none of: {', '.join(known)}{near}")
     decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
     return builder.as_data_source(split, decoders=decoders)
 

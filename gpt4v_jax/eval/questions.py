@@ -4,22 +4,24 @@ import collections
 
 import numpy as np
 
+from gpt4v_jax import config
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common
 
 
 def accuracy(subject: common.Subject) -> common.Result:
     """Share of questions whose greedy answer is exactly the true one; `loss` is nats an answer token."""
-    return _ask(subject, sources.Questions(subject.source))
+    return _ask(subject, _questions(subject))
 
 
 def permuted(subject: common.Subject) -> common.Result:
     """The same, each question asked of another scene's picture: what the model knows without its own."""
+    _questions(subject)
     count = len(subject.source.turns)
     order = np.random.default_rng(0).permutation(count)
     other = np.empty(count, int)
     other[order] = np.roll(order, 1)  # one cycle through all: no picture stays in its place
-    return _ask(subject, sources.Questions(subject.source, lambda record: int(other[record])))
+    return _ask(subject, _questions(subject, lambda record: int(other[record])))
 
 
 def counted(subject: common.Subject) -> common.Result:
@@ -30,12 +32,18 @@ def counted(subject: common.Subject) -> common.Result:
         for kind, question, answer in sources.questions(training[i]):
             words[question][answer] += 1
             kinds[kind][answer] += 1
-    items = sources.Questions(subject.source).items
+    items = _questions(subject).items
     right = []
     for _, turn in items:
         seen = words.get(turn.question) or kinds[turn.kind]
         right.append(max(sorted(seen), key=seen.get) == turn.answer)
     return _by_kind(items, np.array(right), {})
+
+
+def _questions(subject: common.Subject, picture_of=lambda record: record) -> sources.Questions:
+    if not isinstance(subject.source, sources.Conversations):
+        raise config.InputError(f"the data set {subject.run.data.name} has no questions: use the evaluator 'windows'")
+    return sources.Questions(subject.source, picture_of)
 
 
 def _ask(subject: common.Subject, questions: sources.Questions) -> common.Result:

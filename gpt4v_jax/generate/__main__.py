@@ -49,7 +49,7 @@ def main() -> None:
     if truth is not None:
         print(f"question: {question}\ntruth:    {truth}")
     for answer in answers:
-        print(f"answer:   {answer.text}" if trained.tokenizer.special else question + answer.text)
+        print(f"answer:   {answer.text}" if trained.layout.size else question + answer.text)
 
 
 def _record(trained: workdir.Trained, name: str):

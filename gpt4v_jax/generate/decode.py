@@ -33,9 +33,9 @@ class Answer:
 
 
 def prompt(trained: Trained, text: str, pictures: Sequence[int] = ()) -> chat.Document:
-    """-> the document of one user's turn; a model without special tokens (characters) gets the plain text."""
+    """-> the document of one user's turn; a model that was trained on plain text gets the plain text."""
     ids, special = trained.tokenizer.encode(text), trained.tokenizer.special
-    if special:
+    if trained.layout.size:
         pieces = [chat.Piece("user", picture=key) for key in pictures] + [chat.Piece("user", ids)]
         return chat.document(pieces, special, trained.layout)
     if not ids:
@@ -65,6 +65,8 @@ def generate(
     if any(not text for text in stop):
         raise config.InputError("a stop string is empty: leave it out")
     seeds = list(seeds) or list(range(len(prompts)))
+    if len(seeds) != len(prompts):
+        raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
 
     width = min(-(-longest // BUCKET) * BUCKET, context)
     items = max(len(p.pictures) for p in prompts)
@@ -139,7 +141,7 @@ def decode(model: GPT4V, params, logits, cache, keys, done, first, sampling: sam
 
 
 def step(model: GPT4V, params, token_B, cache: attention.Cache):
-    """Appends one token a row -> (logits [B,V] after it, cache)."""
+    """Appends one token a row -> (logits [B,V] after it, cache). The cache must have a free slot: jit cannot check."""
     token_B1 = token_B[:, None]
     batch = batch_lib.Batch(
         tokens=token_B1,

@@ -1,6 +1,7 @@
 """Attention maps, computed again from the q and k that the model returns under `capture`."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -8,6 +9,11 @@ import numpy as np
 from gpt4v_jax.data import chat, packing
 from gpt4v_jax.model import attention
 from gpt4v_jax.training.workdir import Trained
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _captured(model, params, batch):
+    return model.apply({"params": params}, batch, capture=True)[2]
 
 
 def over_picture(trained: Trained, document: chat.Document, picture: np.ndarray, query: int) -> np.ndarray:
@@ -18,7 +24,7 @@ def over_picture(trained: Trained, document: chat.Document, picture: np.ndarray,
     layout = dataclasses.replace(trained.layout, items=1)
     batch = packing.stack([packing.fill([document], lambda key: picture, layout)])
     model = trained.model.clone(layout=layout)
-    _, _, out = jax.jit(model.apply, static_argnames="capture")({"params": trained.params}, batch, capture=True)
+    out = _captured(model, trained.params, batch)
     step = np.cumsum(batch.ar, axis=1)
     one = slice(query, query + 1)
     mask = attention.visible(attention.Sight(batch.document[:, one], step[:, one], batch.document, step))

@@ -93,7 +93,10 @@ class Checkpoints:
         return self._manager.restore(step, args=args).params
 
     def check(self, params, step: int) -> None:
-        """Raises InputError naming the first parameter that differs from the saved ones, and both shapes."""
+        """Raises InputError for a step that is not there, or naming the first parameter that differs and its shapes."""
+        steps = sorted(self._manager.all_steps())
+        if step not in steps:
+            raise config.InputError(f"{self.folder} has no step {step}; it has {', '.join(map(str, steps)) or 'none'}")
         saved = _shapes(self._manager.item_metadata(step)["params"].tree)
         here = _shapes(params)
         for path in sorted(here.keys() | saved.keys()):

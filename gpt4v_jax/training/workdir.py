@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ def write(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "w") as file:
         file.write(text)
+    os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
     os.replace(temporary, path)
 
 
@@ -59,7 +61,7 @@ def environment() -> dict[str, Any]:
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     return {
-        "command": " ".join(["python", "-m", "gpt4v_jax." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "gpt4v_jax." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "commit": revision.stdout.strip() or "unknown",
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
