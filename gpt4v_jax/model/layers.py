@@ -24,8 +24,8 @@ class Linear(nn.Module):
     """y = x W + b over the last len(inputs) dimensions of x: [..., *inputs] -> [..., *outputs].
 
     W starts with standard deviation gain / sqrt(fan-in); 0.25 is about GPT-2's 0.02 at width 128, and larger starts
-    learnt slower here (experiments/README.md). The product is one flat matrix product: on a CPU XLA runs that at twice the speed of the
-    batched form.
+    learnt slower here (experiments/README.md). The product is one flat matrix product: on a CPU XLA runs that at twice
+    the speed of the batched form.
     """
 
     inputs: tuple[int, ...]
