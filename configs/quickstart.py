@@ -8,7 +8,7 @@ from configs import digits_world
 
 def get_config(arg: str = ""):
     config = digits_world.get_config(arg)
-    config.steps = 900
-    config.eval.every = 450
-    config.save_every = 150
+    config.steps = 1200
+    config.eval.every = 600
+    config.save_every = 200
     return config

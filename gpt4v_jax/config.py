@@ -94,7 +94,7 @@ class Model:
     context: int = 256  # positions in a row of the stream, T
     position: str = "rope"  # rope | learned
     tied: bool = True  # the head is the embedding table
-    init_std: float = 0.02  # of the embedding tables and the head; other matrices start as layers.Linear says
+    init_std: float = 0.02  # of the embedding tables and the head; other matrices start at 1 / sqrt(fan-in)
     embed_norm: bool = False  # norm of the fused stream: every modality enters the blocks at one scale
     backbone: Backbone = Backbone()
     image: Image = Image()
@@ -112,7 +112,7 @@ class Data:
     tokenizer: str = "bpe"  # bpe | char: trained on the training split, kept in the workdir
     vocab: int = 512  # upper bound on the vocabulary of a trained BPE
     pictures: str = "real"  # real | blank: the blind baseline's
-    turns: int = 4  # questions of one picture in one training document, at most
+    turns: int = 8  # questions of one picture in one training document, at most
     media: int = 4  # pictures a row can hold: the patch budget is media x patches a picture
     limit: int = 0  # use only so many training records; 0 means all
     threads: int = 2  # that read ahead; 0 reads in line

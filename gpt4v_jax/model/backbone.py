@@ -47,7 +47,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, position, sight, kv=None, key=None, capture=False):
         c = self.config
-        out_gain = 0.25 * (2 * c.depth) ** -0.5  # the residual stream's variance does not grow with depth (GPT-2)
+        out_gain = (2 * c.depth) ** -0.5  # the residual stream's variance does not grow with depth (GPT-2)
         keys = (None, None) if key is None else jax.random.split(key)
         norm = Norm(c.norm, c.norm_eps, name="attention_norm")
         mixed, kv, out = Attention(c, self.rotary, out_gain, name="attention")(norm(x), position, sight, kv, capture)

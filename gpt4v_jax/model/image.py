@@ -25,7 +25,7 @@ class PatchEmbed(nn.Module):
         if c.patch_norm:
             x = Norm("layer", PATCH_NORM_EPS, name="patch_norm")(x)
         values = c.patch**2 * 3
-        x = Linear((values,), (self.width,), True, gain=1.0, name="embed")(x)
+        x = Linear((values,), (self.width,), True, name="embed")(x)
         if c.position == "learned":
             # As large as the patches' own vectors: at 0.02 a patch's place is lost beside its content for an epoch.
             table = Table(c.grid**2, self.width, 0.5, name="position")
@@ -46,7 +46,7 @@ class ImageEmbed(nn.Module):
         if encoder:
             sight = _within(media.item)
             x, _, _ = Backbone(encoder, rotary=False, name="encoder")(x, None, sight)
-            x = Linear((encoder.width,), (width,), True, gain=1.0, name="connector")(x)
+            x = Linear((encoder.width,), (width,), True, name="connector")(x)
         # A medium takes the document and the step of its first placeholder.
         item_at = jnp.take_along_axis(media.at, jnp.maximum(media.item - 1, 0), axis=1)
 
