@@ -1,6 +1,8 @@
 """The well-known character-level Shakespeare set-up for a CPU.
 
 python -m gpt4v_jax.train --config configs/char_shakespeare.py --workdir runs/char_shakespeare
+
+The published validation loss of this set-up is 1.88. Not measured to the end yet.
 """
 
 from gpt4v_jax import config as config_lib
