@@ -99,7 +99,7 @@ def weights(q_BTKGH, k_BSKH, mask_BTS, scale: float | None = None):
 def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS):
     """weights(...) @ v -> [B,T,K,G,H]. The sum of exponentials divides the result, H wide, not the weights, S wide.
 
-    That saves passes over the scores, forward and backward: 1.2 to 1.4 times the speed on a CPU.
+    That saves passes over the scores, forward and backward.
     """
     scores = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH * q_BTKGH.shape[-1] ** -0.5, k_BSKH, preferred_element_type=jnp.float32
