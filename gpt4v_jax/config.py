@@ -66,7 +66,7 @@ class Image:
 
     size: int = 0  # pictures are resized to size x size pixels
     patch: int = 16  # a patch is patch x patch x 3 values
-    patch_norm: bool = False  # LayerNorm of a patch's values: brightness goes, contrast stays (Kumar et al. 2023)
+    patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to (Kumar et al. 2023)
     position: str = "learned"  # learned | none: added to the patches, beside the backbone's own positions
     class_token: bool = False  # ViT classifiers only
     classes: int = 0  # ViT classifiers only: outputs of the head
@@ -113,6 +113,7 @@ class Data:
     vocab: int = 512  # upper bound on the vocabulary of a trained BPE
     pictures: str = "real"  # real | blank: the blind baseline's
     turns: int = 8  # questions of one picture in one training document, at most
+    captions: int = 4  # captions of one picture in an epoch, at most, each in a document of its own
     media: int = 4  # pictures a row can hold: the patch budget is media x patches a picture
     limit: int = 0  # use only so many training records; 0 means all
     threads: int = 2  # that read ahead; 0 reads in line

@@ -1,4 +1,4 @@
-"""Restore, run the config's evaluators, print one table: python -m gpt4v_jax.evaluate --workdir runs/digits_world
+"""Restore, run the config's evaluators, print a table a split: python -m gpt4v_jax.evaluate --workdir runs/digits_world
 
 Results go to <workdir>/eval/<split>-<evaluator>/<step>.json.
 """
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import jax
+import rich.box
 import rich.console
 import rich.table
 from absl import flags
@@ -48,37 +49,27 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
     return results
 
 
-def table(results: dict[str, dict], step: int | str = "") -> rich.table.Table:
-    """One row a split and kind, one column an evaluator: share right with its 95 % interval; or the loss."""
-    names = list(next(iter(results.values())))
-    out = rich.table.Table("split", "kind", "asked", *names, title=f"step {step}" if step else None)
-    for split, by_name in results.items():
-        kinds = next(iter(by_name.values())).kinds
-        for kind in [*sorted(kinds), "all"] if kinds else []:
-            cells = [_share(*_counts(by_name[name], kind)) for name in names]
-            out.add_row(split, kind, str(_counts(by_name[names[0]], kind)[1]), *cells, end_section=kind == "all")
-        if any("loss" in by_name[name].metrics for name in names):
-            losses = [f"{by_name[n].metrics['loss']:.4f}" if "loss" in by_name[n].metrics else "" for n in names]
-            out.add_row(split, "loss (nats a token)", "", *losses, end_section=True)
+def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
+    """One row a kind, one column an evaluator: share right with its 95 % interval; and the loss."""
+    style = {"title_justify": "left", "box": rich.box.SIMPLE_HEAD, "padding": (0, 0, 0, 1)}
+    out = rich.table.Table("kind", title=f"{split} split", **style)
+    for name in ("asked", *by_name):
+        out.add_column(name, justify="right", no_wrap=True)
+    first = next(iter(by_name.values()))
+    for kind in [*sorted(first.kinds), "all"] if first.kinds else []:
+        cells = ["{:.3f} {:.3f}-{:.3f}".format(*result.share(kind)) for result in by_name.values()]
+        out.add_row(kind, f"{first.counts(kind)[1]:,}", *cells)
+    losses = [f"{result.metrics['loss']:.4f}" if "loss" in result.metrics else "" for result in by_name.values()]
+    if any(losses):
+        out.add_row("nats a token", "", *losses)
     return out
-
-
-def _counts(result: common.Result, kind: str) -> tuple[int, int]:
-    if kind != "all":
-        return result.kinds.get(kind, (0, 0))
-    return sum(right for right, _ in result.kinds.values()), sum(asked for _, asked in result.kinds.values())
-
-
-def _share(right: int, asked: int) -> str:
-    if not asked:
-        return ""
-    low, high = common.interval(right, asked)
-    return f"{right / asked:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def main() -> None:
     results = evaluate(Path(_WORKDIR.value), _SPLITS.value or [], _EVALUATORS.value or [], _STEP.value)
-    rich.console.Console().print(table(results))
+    console = rich.console.Console(highlight=False)
+    for split, by_name in results.items():
+        console.print(table(split, by_name))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,9 @@ The page is <workdir>/report.html, filled into the template beside this file. It
 gpt4v_jax.evaluate, and what the best checkpoint answers; where something is missing it says which command makes it.
 """
 
-import base64
 import html
-import io
 import json
 import math
-import re
 import string
 from pathlib import Path
 from typing import NamedTuple
@@ -19,23 +16,23 @@ import rich.box
 import rich.console
 import rich.table
 from absl import flags
-from PIL import Image
 
-from gpt4v_jax import config
+from gpt4v_jax import config, plots
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.interpret import attention
 from gpt4v_jax.model import flops
+from gpt4v_jax.plots import FAINT, A, B, C, D
 from gpt4v_jax.training import metrics, workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
+_BLANK = flags.DEFINE_string("blank", None, "of the same model trained on blank pictures: a blind baseline")
 
 SHOWN, EXPLAINED = 24, 4  # questions in the grid; and with maps of attention
-EVALUATORS = {"questions": "model", "permuted": "permuted pictures", "counted": "counted answers"}  # as they are called
-# What matplotlib draws with -> the page's colours, so that plots follow light and dark.
-COLOURS = {f"#0{i}0{i}0{i}": name for i, name in enumerate(("ink", "faint", "line", "a", "b", "c", "d"), 1)}
-INK, FAINT, LINE, A, B, C, D = COLOURS
+EVALUATORS = {"questions": "model", "permuted": "permuted pictures", "blank": "blank training",
+              "counted": "counted answers"}  # as the page calls them  # fmt: skip
+BAR = dict(zip(EVALUATORS, (A, B, D, C), strict=True))
 
 
 class Found(NamedTuple):
@@ -44,23 +41,13 @@ class Found(NamedTuple):
     step: int
     result: common.Result
 
-    def counts(self, kind: str) -> tuple[int, int]:
-        """-> (right, asked); the kind "all" is all of them."""
-        kinds = self.result.kinds
-        return tuple(map(sum, zip(*kinds.values(), strict=True)) if kind == "all" else kinds.get(kind, (0, 0)))
 
-    def share(self, kind: str = "all") -> tuple[float, float, float]:
-        """-> (share right, low and high end of its 95 % interval)."""
-        right, asked = self.counts(kind)
-        return right / asked if asked else math.nan, *common.interval(right, asked)
-
-
-def report(folder: Path) -> Path:
-    """Writes <workdir>/report.html -> its path."""
+def report(folder: Path, blank: Path | None = None) -> Path:
+    """Writes <workdir>/report.html -> its path. `blank`: the workdir of the model trained without pictures."""
     run, trained = workdir.load_config(folder), None
     environment = folder / "environment.json"
     environment = json.loads(environment.read_text()) if environment.is_file() else {}
-    lines, results = read_metrics(folder), read_results(folder)
+    lines, results = read_metrics(folder), read_results(folder, blank)
     try:
         trained = workdir.restore(folder)
         answers, looks = _pictures(trained) if run.model.image.size else (_samples(trained), "")
@@ -92,12 +79,23 @@ def read_metrics(folder: Path) -> list[dict]:
     return sorted(metrics.read(folder), key=lambda line: line["step"])
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Found]]:
-    """-> {split: {evaluator: its newest result}} of <workdir>/eval/<split>-<evaluator>/<step>.json; test first."""
+def read_results(folder: Path, blank: Path | None = None) -> dict[str, dict[str, Found]]:
+    """-> {split: {evaluator: its newest result}} of <workdir>/eval/<split>-<evaluator>/<step>.json; test first.
+
+    The results of `blank`'s "questions" are called "blank".
+    """
     results: dict[str, dict[str, Found]] = {}
     for path in sorted(folder.glob("eval/*-*/*.json"), key=lambda path: int(path.stem)):
         split, _, name = path.parent.name.rpartition("-")
         results.setdefault(split, {})[name] = Found(int(path.stem), common.Result(**json.loads(path.read_text())))
+    if blank:
+        if workdir.load_config(blank).data.pictures != "blank":
+            raise config.InputError(f"--blank {blank} was trained with pictures: name a run with data.pictures=blank")
+        found = {split: one["questions"] for split, one in read_results(blank).items() if "questions" in one}
+        if not found:
+            raise config.InputError(f"--blank {blank} has no results yet: run {_command('evaluate', blank)}")
+        for split, one in found.items():
+            results.setdefault(split, {})["blank"] = one
     order = {"test": 0, "compositional": 1}
     return dict(sorted(results.items(), key=lambda item: (order.get(item[0], 2), item[0])))
 
@@ -115,13 +113,13 @@ def _headline(run, environment, lines, results, trained) -> tuple[str, list[tupl
             found += f" Its loss on the {split} split is {loss:.3f} nats a token."
         for name in EVALUATORS if "questions" in by_name else ():
             if name in by_name and (name == "questions" or split == "test"):
-                share, low, high = by_name[name].share()
+                share, low, high = by_name[name].result.share()
                 what = f"{split} questions right" if name == "questions" else f"blind: {EVALUATORS[name]}"
                 tiles.append((f"{share:.1%}", f"{what} (95 %: {low:.1%} to {high:.1%})"))
         if split == "test" and "questions" in by_name:
-            right, others = by_name["questions"], [name for name in ("permuted", "counted") if name in by_name]
-            blind = [f"{by_name[name].share()[0]:.1%} with {EVALUATORS[name]}" for name in others]
-            found += f" It answers {right.share()[0]:.1%} of {right.counts('all')[1]:,} test questions exactly"
+            right, others = by_name["questions"], [name for name in list(EVALUATORS)[1:] if name in by_name]
+            blind = [f"{by_name[name].result.share()[0]:.1%} with {EVALUATORS[name]}" for name in others]
+            found += f" It answers {right.result.share()[0]:.1%} of {right.result.counts()[1]:,} test questions exactly"
             found += f"; blind, that would be {' or '.join(blind)}." if blind else "."
     if trained:
         count, backbone = sum(flops.parameters(trained.params).values()), run.model.backbone
@@ -144,19 +142,19 @@ def _curves(lines: list[dict]) -> str:
         return ""
     held_out = [(name, "validation", B) for name in ("questions", "windows")]
     held_out.append(("permuted", "validation, permuted pictures", C))
-    plots = []
+    drawn = []
     shown = (("loss (nats a token)", "loss", {"log": True}), ("right (share)", "accuracy", {"top": 1}))
     for title, key, scale in shown:
         beside = [(name, series(f"{evaluator}/{key}"), colour) for evaluator, name, colour in held_out]
-        plots.append(_plot(title, [("training", series(key), A), *beside], **scale))
+        drawn.append(plots.curves(title, [("training", series(key), A), *beside], **scale))
     kinds = sorted({key for line in lines for key in line if key.startswith("questions/accuracy/")})
     if kinds and len(series(kinds[0])) > 1:
         colours = (A, B, D, FAINT)
         named = [(key.split("/")[2], series(key), colours[i % 4]) for i, key in enumerate(kinds)]
-        plots.append(_plot("validation questions right, by kind (share)", named, top=1))
+        drawn.append(plots.curves("validation questions right, by kind (share)", named, top=1))
     if len(series("tokens_per_second")) > 1:
-        plots.append(_plot("tokens a second, mean since the start", [("", series("tokens_per_second"), A)]))
-    return f'<div class="charts">{"".join(plots)}</div>'
+        drawn.append(plots.curves("tokens a second, mean since the start", [("", series("tokens_per_second"), A)]))
+    return f'<div class="charts">{"".join(drawn)}</div>'
 
 
 def _kinds(results: dict[str, dict[str, Found]]) -> str:
@@ -167,7 +165,7 @@ def _kinds(results: dict[str, dict[str, Found]]) -> str:
         return ""
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
     first = results[splits[0]]["questions"]
-    rows = [*sorted(first.result.kinds, key=lambda kind: -first.share(kind)[0]), "all"]
+    rows = [*sorted(first.result.kinds, key=lambda kind: -first.result.share(kind)[0]), "all"]
     above, below, body = "<th></th>", "<th>kind</th>", ""
     for split in splits:
         step = results[split]["questions"].step
@@ -176,13 +174,18 @@ def _kinds(results: dict[str, dict[str, Found]]) -> str:
     for kind in rows:
         body += f'<tr class="{"all" if kind == "all" else ""}"><td>{html.escape(kind)}</td>'
         for found in (results[split] for split in splits):
-            body += f'<td class="split">{found["questions"].counts(kind)[1]:,}</td>'
+            body += f'<td class="split">{found["questions"].result.counts(kind)[1]:,}</td>'
             for name in names:
-                cell = "{:.3f}<small>{:.2f} to {:.2f}</small>".format(*found[name].share(kind)) if name in found else ""
+                cell = "{:.3f}<small>{:.2f} to {:.2f}</small>"
+                cell = cell.format(*found[name].result.share(kind)) if name in found else ""
                 body += f"<td>{cell}</td>"
-    plots = "".join(_bars(split, results[split], rows, names) for split in splits)
+    drawn = ""
+    for split in splits:
+        found = {name: results[split][name].result for name in names if name in results[split]}
+        series = [(EVALUATORS[n], [one.share(kind) for kind in rows], BAR[n]) for n, one in found.items()]
+        drawn += plots.bars(split, rows, series)
     table = f"<table><thead><tr>{above}<tr>{below}</thead><tbody>{body}</tbody></table>"
-    return f'<div class="charts">{plots}</div><div class="scroll">{table}</div>'
+    return f'<div class="charts">{drawn}</div><div class="scroll">{table}</div>'
 
 
 def _pictures(trained: workdir.Trained) -> tuple[str, str]:
@@ -202,16 +205,17 @@ def _pictures(trained: workdir.Trained) -> tuple[str, str]:
         said = f"<b>{html.escape(answer.text) or '(nothing)'}</b> {mark}"
         truth = "" if hit else f" <span>truth: <b>{html.escape(turn.answer)}</b></span>"
         words.append(f"<span>{html.escape(turn.question)}</span> <span>{said}</span>{truth}")
-        grid += f'<figure class="{"right" if hit else "wrong"}">{_img(picture, turn.question)}{words[-1]}</figure>'
+        grid += f'<figure class="{"right" if hit else "wrong"}">{plots.img(picture, turn.question)}{words[-1]}</figure>'
     drawn = f"{len(turns)} questions drawn at random from the {split} split (seed 0, not picked by hand)"
     drawn += f", answered by the checkpoint of step {trained.step:,}: {sum(right)} right."
     first_of_kind = {turn.kind: i for i, turn in reversed(list(enumerate(turns)))}
     for i in sorted(first_of_kind.values())[:EXPLAINED]:
         maps = attention.over_picture(trained, prompts[i], pictures[i], len(prompts[i]) - 1)
-        panels = f"<figure>{_img(pictures[i], 'the picture')}<figcaption>the picture</figcaption></figure>"
+        panels = f"<figure>{plots.img(pictures[i], 'the picture')}<figcaption>the picture</figcaption></figure>"
         for name, heat in [*((f"layer {k}", m) for k, m in enumerate(maps, 1)), ("mean of layers", maps.mean(0))]:
-            panels += f"<figure>{_img(_heat(pictures[i], heat), name)}<figcaption><b>{name}</b><br>{heat.sum():.0%} on "
-            panels += f"the picture, {heat.max():.1%} on one patch</figcaption></figure>"
+            shares = f"{heat.sum():.0%} on the picture, {heat.max():.1%} on one patch"
+            panels += f"<figure>{plots.img(plots.heat(pictures[i], heat), name)}"
+            panels += f"<figcaption><b>{name}</b><br>{shares}</figcaption></figure>"
         mark = "right" if right[i] else "wrong"
         looks += f'<div class="looks {mark}"><p>{words[i]}</p><div class="maps">{panels}</div></div>'
     return f'<p class="note">{drawn}</p><div class="pictures">{grid}</div>', looks
@@ -242,105 +246,6 @@ def _made(environment: dict) -> list[tuple[str, str]]:
     return [*named, ("devices", devices), ("packages", versions)]
 
 
-# ---- plots and pictures
-
-
-def _plot(title: str, series, log: bool = False, top: float | None = None) -> str:
-    """Curves against steps; series: (name, [(step, value)], colour), empty ones are left out."""
-    figure, axes = _figure(3.1, title)
-    series = [(name, points, colour) for name, points, colour in series if points]
-    for i, (name, points, colour) in enumerate(series):
-        marker = ("o", "s", "^", "D", "v", "P", "X", "*")[i % 8] if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), color=colour, lw=1.5, label=name, marker=marker, ms=3.5)
-    values = [value for _, points, _ in series for _, value in points]
-    if log and 0 < 4 * min(values) < max(values):
-        axes.set_yscale("log")
-        ticks = [digit * 10.0**k for k in range(-5, 4) for digit in (1, 2, 5)]
-        axes.set_yticks([t for t in ticks if min(values) / 1.5 < t < max(values) * 1.5])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")
-    elif not log:
-        axes.set_ylim(0, top)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    if max(values) > 100:
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-    if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=1 + len(series) // 5)
-    return _svg(figure, title)
-
-
-def _bars(split: str, by_name: dict[str, Found], rows: list[str], names: list[str]) -> str:
-    """Shares right by kind, the model's beside the baselines', with their intervals."""
-    figure, axes = _figure(0.5 * len(rows) + 1, f"{split}: questions right (share)")
-    high, colours = 0.8 / len(names), dict(zip(EVALUATORS, (A, B, C), strict=True))
-    for k, name in enumerate(names):
-        if name not in by_name:
-            continue
-        at = np.arange(len(rows)) + (k - (len(names) - 1) / 2) * high
-        share, low, top = np.array([by_name[name].share(kind) for kind in rows]).T
-        axes.barh(at, share, high * 0.9, color=colours[name], label=EVALUATORS[name])
-        sides = np.maximum((share - low, top - share), 0)  # at a share of 0 rounding makes one of them -1e-17
-        axes.errorbar(share, at, xerr=sides, fmt="none", ecolor=INK, elinewidth=1)
-        for y, value, end in zip(at, share, top, strict=True) if name == "questions" else ():
-            axes.text(end + 0.015, y, f"{value:.2f}", va="center", fontsize=8.5, color=INK)
-    axes.set(xlim=(0, 1.08), ylim=(len(rows) - 0.4, -0.6), xticks=np.arange(0, 1.01, 0.2))
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.axhline(len(rows) - 1.5, color=FAINT, lw=0.8)
-    figure.legend(frameon=False, fontsize=9, ncols=3, loc="outside lower left", handlelength=1, labelcolor=INK)
-    return _svg(figure, f"accuracy by kind, {split}")
-
-
-def _figure(height: float, title: str):
-    from matplotlib.figure import Figure  # heavy; and without pyplot there is no window and no global state
-
-    figure = Figure((5.0, height), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(color=LINE, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
-    axes.spines[:].set_color(FAINT)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.label.set(color=INK, size=9)
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    return figure, axes
-
-
-def _svg(figure, label: str) -> str:
-    """-> the figure as inline SVG, in the page's colours and font."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    box, svg = re.search(r'viewBox="[^"]*"', svg)[0], svg[svg.index(">", svg.index("<svg")) + 1 :]
-    for drawn, name in COLOURS.items():
-        svg = svg.replace(drawn, f"var(--{name})")
-    return f'<figure><svg {box} role="img" aria-label="{html.escape(label)}">{svg}</figure>'
-
-
-def _heat(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weights of a picture's patches, dark to bright, and over them the picture: what is unlike its background."""
-    import matplotlib
-
-    shape = (3 * picture.shape[0],) * 2
-    unlike = np.abs(picture - np.median(picture, (0, 1))).max(-1).clip(0, 255).astype(np.uint8)
-    unlike = np.asarray(Image.fromarray(unlike).resize(shape, Image.Resampling.BICUBIC))[..., None]
-    heat = np.kron(weights / max(weights.max(), 1e-12), np.ones((shape[0] // len(weights),) * 2))
-    heat = 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
-    return (0.7 * heat + 0.3 * unlike).astype(np.uint8)
-
-
-def _img(picture: np.ndarray, label: str) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(label)}">'
-
-
 # ---- small pieces
 
 
@@ -363,7 +268,7 @@ def table(results: dict[str, dict[str, Found]]) -> rich.table.Table:
     """The test split by kind beside the blind baselines, then it and every other split as a whole."""
     splits = [split for split in results if "questions" in results[split]]
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
-    title = f"{splits[0]} split: share of questions right, 95 % interval"
+    title = f"{splits[0]} split: share of questions right, the model's with its 95 % interval"
     out = rich.table.Table("kind", title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title_justify="left")
     for name in ("asked", *(EVALUATORS[name] for name in names)):
         out.add_column(name, justify="right", no_wrap=True)
@@ -371,14 +276,15 @@ def table(results: dict[str, dict[str, Found]]) -> rich.table.Table:
     rows = [(splits[0], kind, kind) for kind in (*kinds, "all")] + [(split, "all", split) for split in splits[1:]]
     for split, kind, label in rows:
         found = results[split]
-        cells = ["{:.3f} {:.3f}-{:.3f}".format(*found[n].share(kind)) if n in found else "" for n in names]
-        out.add_row(label, f"{found['questions'].counts(kind)[1]:,}", *cells, end_section=label == kinds[-1])
+        shares = [found[name].result.share(kind) if name in found else () for name in names]
+        cells = [("{:.3f} {:.3f}-{:.3f}" if i == 0 else "{:.3f}").format(*s) if s else "" for i, s in enumerate(shares)]
+        out.add_row(label, f"{found['questions'].result.counts(kind)[1]:,}", *cells, end_section=label == kinds[-1])
     return out
 
 
 def main() -> None:
-    folder = Path(_WORKDIR.value)
-    path, lines, results = report(folder), read_metrics(folder), read_results(folder)
+    folder, blank = Path(_WORKDIR.value), Path(_BLANK.value) if _BLANK.value else None
+    path, lines, results = report(folder, blank), read_metrics(folder), read_results(folder, blank)
     console = rich.console.Console(highlight=False, soft_wrap=True)
     if any("questions" in by_name for by_name in results.values()):
         console.print(table(results))

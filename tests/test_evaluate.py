@@ -109,14 +109,15 @@ def test_counted_answers_by_hand(folder):
 
 
 def test_the_table_has_every_kind(folder):
-    text = printed(evaluate.table(evaluated(folder)))
     for split, by_name in evaluated(folder).items():
-        rows = [line for line in text.splitlines() if split in line]
+        text = printed(evaluate.table(split, by_name))
+        assert f"{split} split" in text and max(map(len, text.splitlines())) <= 80, "wider than a terminal"
         for kind in [*KINDS, "all"]:
-            row, = (line for line in rows if f" {kind} " in line)
+            row, = (line for line in text.splitlines() if line.split()[:1] == [kind])
             for name in by_name:
                 right, asked = by_name[name].kinds.get(kind, (sum(by_name[name].right), len(by_name[name].right)))
-                assert f"{right / asked:.3f} [" in row and str(asked) in row
+                assert f" {right / asked:.3f} 0." in row and f"{asked:,}" in row
+        assert f"{by_name['questions'].metrics['loss']:.4f}" in text
     assert set(by_name["questions"].kinds) == set(KINDS)
 
 

@@ -6,7 +6,9 @@ import io
 import json
 import re
 import shutil
+import string
 import xml.dom.minidom
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +59,8 @@ def test_every_section_is_there(page):
     at = [text.index(title) for title in SECTIONS]
     assert at == sorted(at) and not [a for a in page.of("section") if "hidden" in a]
     assert "Not here" not in text
-    assert not re.search(r"\$[a-z]", text), "a place of the template that was not filled"
+    template = string.Template((Path(report.__file__).parent / "report.html").read_text())
+    assert not [name for name in template.get_identifiers() if f"${name}" in text], "a place that was not filled"
     assert "digits_world/small" in text and '"steps": 4' in text
 
 
@@ -129,21 +132,44 @@ def test_pictures_and_maps(page):
     assert sizes == {(24, 24): report.SHOWN + report.EXPLAINED, (72, 72): report.EXPLAINED * (depth + 1)}
 
 
-def test_heat_is_bright_where_the_weight_is():
-    weights = np.array([[0.0, 0.0], [0.3, 0.1]])
-    heat = report._heat(np.full((24, 24, 3), 255, np.uint8), weights).astype(int).sum(-1)
-    cells = heat.reshape(2, 36, 2, 36).mean((1, 3))
-    assert heat.shape == (72, 72) and cells[1, 0] > cells[1, 1] > cells[0, 0] == cells[0, 1]
-
-
 def test_the_newest_result_is_shown(tmp_path):
     for step, right in ((2, 1), (10, 3), (9, 2)):
         path = tmp_path / "eval" / "my-split-questions" / f"{step}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"metrics": {}, "kinds": {"a": [right, 4], "b": [0, 4]}, "right": []}))
     found = report.read_results(tmp_path)["my-split"]["questions"]
-    assert (found.step, found.counts("a"), found.counts("all")) == (10, (3, 4), (3, 8))
-    assert found.share("all")[0] == 3 / 8
+    assert (found.step, found.result.counts("a"), found.result.counts()) == (10, (3, 4), (3, 8))
+    assert found.result.share()[0] == 3 / 8
+
+
+@pytest.fixture
+def blank(folder, page, tmp_path):  # noqa: F811
+    """-> the workdir of a run on blank pictures, with its own results, which answer nothing right."""
+    run = json.loads((folder / "config.json").read_text())
+    copy = tmp_path / "blank"
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(run | {"data": run["data"] | {"pictures": "blank"}}))
+    for split in ("test", "compositional"):
+        kinds = {kind: [0, asked] for kind, (_, asked) in evaluated(folder)[split]["questions"].kinds.items()}
+        path = copy / "eval" / f"{split}-questions" / "7.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"metrics": {"loss": 1.0}, "kinds": kinds, "right": []}))
+    return copy
+
+
+def test_a_model_trained_blind_stands_beside_the_model(folder, blank):  # noqa: F811
+    results = report.read_results(folder, blank)
+    assert results["test"]["blank"].step == 7 and "blank" not in report.read_results(folder)["test"]
+    text = Page(report.report(folder, blank).read_text()).words
+    assert "0.0% with blank training" in text and text.count("blank training") > 4
+
+
+def test_what_is_no_blind_run_is_refused(folder, page, blank):  # noqa: F811
+    with pytest.raises(config.InputError, match="was trained with pictures: name a run with data.pictures=blank"):
+        report.report(folder, folder)
+    shutil.rmtree(blank / "eval")
+    with pytest.raises(config.InputError, match="has no results yet: run python -m gpt4v_jax.evaluate --workdir"):
+        report.report(folder, blank)
 
 
 @pytest.mark.parametrize("removed, named", [
@@ -163,8 +189,9 @@ def test_what_is_missing_is_said(removed, named, folder, page, tmp_path):  # noq
 
 
 def test_the_terminal(folder, page, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(report, "report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(report, "report", lambda folder, blank: folder / "report.html")
     monkeypatch.setattr(report, "_WORKDIR", type("Flag", (), {"value": str(folder)}))
+    monkeypatch.setattr(report, "_BLANK", type("Flag", (), {"value": None}))
     report.main()
     out = capsys.readouterr().out
     for kind in KINDS:

@@ -53,7 +53,7 @@ def corpus(data: config.Data):
         if "text" in record:
             yield text_of(record["text"])
         else:
-            yield text_of(record["caption"])
+            yield from map(text_of, record["captions"])
             for _, question, answer in questions(record):
                 yield from (question, answer)
 
@@ -84,10 +84,10 @@ class Turn:
 
 
 class Conversations:
-    """Pictures with a caption and questions; two documents a record: picture and caption, and picture and `data.turns`
-    of its questions, drawn from (seed, epoch, record).
+    """Pictures with captions and questions; a record's documents are picture and caption, `data.captions` times, and
+    picture and `data.turns` questions, all drawn from (seed, epoch, record).
 
-    The caption has a document of its own because beside it the questions can be answered without looking.
+    A caption has a document of its own because beside it the questions can be answered without looking.
     """
 
     def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int):
@@ -97,23 +97,27 @@ class Conversations:
         if not layout.size:
             raise config.InputError("model.image.size=0, but the data set has pictures: set it, such as 72")
         encode = _remember(tokenizer.encode)
-        self.turns: list[list[Turn]] = []  # of each record, the caption first
+        self.captions: list[list[Turn]] = []  # of each record
+        self.turns: list[list[Turn]] = []  # questions of each record
+        self._documents: list[tuple[int, int]] = []  # (record, which of its captions; -1 means its questions)
         for i in range(limit(data, len(self._records))):
             record = self._records[i]
-            turns = [("caption", CAPTION_PROMPT, text_of(record["caption"])), *questions(record)]
-            self.turns.append([Turn(*t, encode(t[1]), encode(t[2])) for t in turns])
+            captions = [("caption", CAPTION_PROMPT, text_of(c)) for c in record["captions"]]
+            for turns, found in ((self.captions, captions), (self.turns, questions(record))):
+                turns.append([Turn(*t, encode(t[1]), encode(t[2])) for t in found])
+            self._documents += [(i, k) for k in range(-1, min(data.captions, len(captions)))]
 
     def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
-        """Document i of the epoch: captions first, then questions."""
-        asks, record = divmod(i, len(self.turns))
-        turns = self.turns[record][:1]
-        if asks:
-            order = np.random.default_rng((self._seed, epoch, record)).permutation(len(self.turns[record]) - 1)
-            turns = [self.turns[record][1 + k] for k in order[: self._data.turns]]
-        return turn_pieces(record, turns)
+        """Document i of the epoch."""
+        record, k = self._documents[i]
+        rng = np.random.default_rng((self._seed, epoch, record))
+        if k < 0:
+            order = rng.permutation(len(self.turns[record]))
+            return turn_pieces(record, [self.turns[record][q] for q in order[: self._data.turns]])
+        return turn_pieces(record, [self.captions[record][rng.permutation(len(self.captions[record]))[k]]])
 
     def sizes(self, epoch: int):
-        return sizes(self, epoch, 2 * len(self.turns))
+        return sizes(self, epoch, len(self._documents))
 
     def document(self, epoch: int, i: int) -> chat.Document:
         return chat.document(self.pieces(epoch, i), self.special, self.layout)
@@ -132,7 +136,7 @@ class Questions:
         self._picture_of = picture_of
         self.layout, self.special = conversations.layout, conversations.special
         self.items = [
-            (record, turn) for record, turns in enumerate(conversations.turns) for turn in turns[1:]
+            (record, turn) for record, turns in enumerate(conversations.turns) for turn in turns
         ]
         self.picture = conversations.picture
 

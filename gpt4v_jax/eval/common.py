@@ -1,6 +1,7 @@
 """What every evaluator shares: what is evaluated, the scores of documents, intervals."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,17 @@ class Result:
     metrics: dict[str, float]
     kinds: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     right: tuple[bool, ...] = ()
+
+    def counts(self, kind: str = "all") -> tuple[int, int]:
+        """-> (right, asked) of a kind, or of all of them."""
+        if kind == "all":
+            return sum(right for right, _ in self.kinds.values()), sum(asked for _, asked in self.kinds.values())
+        return tuple(self.kinds.get(kind, (0, 0)))
+
+    def share(self, kind: str = "all") -> tuple[float, float, float]:
+        """-> (share right, low and high end of its 95 % interval)."""
+        right, asked = self.counts(kind)
+        return right / asked if asked else math.nan, *interval(right, asked)
 
 
 def open_source(run: config.Config, split: str, tokenizer: Tokenizer, layout: batch_lib.Layout, limit: int = 0):

@@ -13,7 +13,8 @@ PATCH_NORM_EPS = 1e-2  # of the variance of values in [-1, 1]: an empty patch st
 
 
 class PatchEmbed(nn.Module):
-    """Patches [B,M,p] uint8 at index [B,M,3] -> [B,M,D]: one linear map (Dosovitskiy et al. 2020) + position."""
+    """Patches [B,M,p] uint8 at index [B,M,3] -> [B,M,D]: one linear map (Dosovitskiy et al. 2020) + position;
+    with patch_norm a LayerNorm on both sides of the map (Kumar et al. 2023)."""
 
     config: config.Image
     width: int
@@ -26,6 +27,8 @@ class PatchEmbed(nn.Module):
             x = Norm("layer", PATCH_NORM_EPS, name="patch_norm")(x)
         values = c.patch**2 * 3
         x = Linear((values,), (self.width,), True, name="embed")(x)
+        if c.patch_norm:  # without it training makes the content ten times as large, and a patch's place is lost in it
+            x = Norm("layer", PATCH_NORM_EPS, name="content_norm")(x)
         if c.position == "learned":
             # As large as the patches' own vectors: at 0.02 a patch's place is lost beside its content for an epoch.
             table = Table(c.grid**2, self.width, 0.5, name="position")

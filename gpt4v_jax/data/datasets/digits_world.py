@@ -8,7 +8,7 @@ Three splits differ in their scans: no scan of `test` occurs in `train` or `vali
 of `test` and asks about the pairs of HELD_OUT, such as a green 1, that the other splits never show or mention.
 Questions are chosen so that kinds are even and answers are even for each question: guessing them blind does not pay.
 
-    the scene      Thing, Scene, sample_scene          the words      caption, candidates, choose
+    the scene      Thing, Scene, sample_scene          the words      captions, candidates, choose
     the picture    digit_mask, shape_mask, picture     the records    records, DigitsWorld
 """
 
@@ -51,7 +51,7 @@ SPLITS = ("train", "validation", "test", "compositional")
 CELL = 24  # pixels
 SIDE = 3 * CELL
 MARGIN = 0.5  # pixels between an object and the border of its cell
-QUESTIONS, QUESTIONS_OF_A_KIND = 8, 2  # of a scene, at most
+CAPTIONS, QUESTIONS, QUESTIONS_OF_A_KIND = 4, 8, 2  # of a scene, at most
 
 
 # ---- the scene
@@ -235,10 +235,13 @@ def place(thing: Thing) -> int:
     return 3 * thing.row + thing.column
 
 
-def caption(scene: Scene) -> str:
-    """-> such as "a red 7 in the top left, a blue circle in the centre and a green 3 on the right.\""""
+def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """-> up to 4, which differ in the order of their objects, so that what follows "a red" must be looked up: such as
+    "a red 7 in the top left, a blue circle in the centre and a green 3 on the right.\""""
     parts = [f"{a(t.colour)} {t.name} {PHRASES[place(t)]}" for t in scene.things]
-    return (", ".join(parts[:-1]) + " and " if parts[1:] else "") + parts[-1] + "."
+    orders = list(itertools.permutations(parts))
+    orders = [orders[i] for i in rng.permutation(len(orders))[:CAPTIONS]]
+    return [(", ".join(o[:-1]) + " and " if o[1:] else "") + o[-1] + "." for o in orders]
 
 
 class Question(NamedTuple):
@@ -346,7 +349,7 @@ def records(split: str, number: int, seed: int = 0) -> Iterator[dict]:
         questions = choose(candidates(scene, held_out), used, rng, held_out)
         yield {
             "image": png(picture(scene)),
-            "caption": caption(scene),
+            "captions": captions(scene, rng),
             "objects": [{key: getattr(t, key) for key in ("name", "colour", "row", "column", "scan")}
                         for t in scene.things],
             "questions": [{"kind": q.kind, "question": q.question, "answer": q.answer} for q in questions],
@@ -366,7 +369,7 @@ class DigitsWorldConfig(tfds.core.BuilderConfig):
 class DigitsWorld(tfds.core.GeneratorBasedBuilder):
     """Scenes of digits and shapes with captions and questions; see the top of this file."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when a record changes: caches are kept by version
+    VERSION = tfds.core.Version("1.1.0")  # raise it when a record changes: caches are kept by version
     code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         DigitsWorldConfig(name="default", description="12,000 training scenes"),
@@ -381,7 +384,7 @@ class DigitsWorld(tfds.core.GeneratorBasedBuilder):
             description="Small scenes of handwritten digits and drawn shapes, with captions and questions.",
             features=tfds.features.FeaturesDict({
                 "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png"),
-                "caption": text(),
+                "captions": tfds.features.Sequence(text()),
                 "objects": tfds.features.Sequence(thing),
                 "questions": tfds.features.Sequence({"kind": text(), "question": text(), "answer": text()}),
             }),
