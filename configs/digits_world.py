@@ -13,21 +13,21 @@ def get_config(arg: str = ""):
     """Arguments: fusion=concat|prefix_lm, pictures=real|blank (blank trains the blind baseline)."""
     arg = config_lib.arguments(arg, fusion="concat", pictures="real")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every = 6000, 8, 100
+    config.steps, config.batch, config.log_every = 5000, 8, 100
 
     config.model.context = 256
     config.model.embed_norm = True
-    config.model.image.update(size=72, patch=12, patch_norm=True)
+    config.model.image.update(size=72, patch=24, patch_norm=True)  # 3 x 3 patches: each is a cell of the scene
     config.model.backbone.update(depth=4, width=128, heads=4)
     config.model.fusion.kind = arg["fusion"]
 
     config.data.name = "digits_world"
     config.data.pictures = arg["pictures"]
-    config.data.media = 4
+    config.data.media = 7
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
     config.eval.evaluators = ("questions", "permuted")
-    config.eval.every, config.eval.limit = 400, 100
+    config.eval.every, config.eval.limit = 500, 100
     config.eval.best = "questions/accuracy"
     return config

@@ -10,7 +10,7 @@ from configs import digits_world
 
 def get_config(arg: str = ""):
     config = digits_world.get_config(arg)
-    config.steps = 1200
-    config.eval.every = 600
+    config.steps = 800
+    config.eval.every = 400
     config.save_every = 200
     return config
