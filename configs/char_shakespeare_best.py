@@ -11,7 +11,7 @@ from gpt4v_jax import config as config_lib
 def get_config(arg: str = ""):
     config_lib.arguments(arg)
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 2000, 16, 50, 500
+    config.steps, config.batch, config.log_every, config.save_every = 1600, 8, 50, 400
 
     config.model.context = 256
     config.model.embed_norm = True
@@ -20,6 +20,6 @@ def get_config(arg: str = ""):
     config.data.update(name="tiny_shakespeare", tokenizer="char")
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
-    config.eval.evaluators, config.eval.every = ("windows",), 500
+    config.eval.evaluators, config.eval.every = ("windows",), 400
     config.eval.best, config.eval.best_mode = "windows/loss", "min"
     return config
