@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     """Arguments: fusion=concat|prefix_lm, pictures=real|blank (blank trains the blind baseline)."""
     arg = config_lib.arguments(arg, fusion="concat", pictures="real")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every = 5000, 8, 100
+    config.steps, config.batch, config.log_every = 4000, 8, 100
 
     config.model.context = 256
     config.model.embed_norm = True
