@@ -17,7 +17,7 @@ def _captured(model, params, batch):
 
 
 def over_picture(trained: Trained, document: chat.Document, picture: np.ndarray, query: int) -> np.ndarray:
-    """-> [depth, rows, columns]: how much position `query` of a document looks at each patch of its first picture.
+    """-> [depth, rows, columns]: how much position `query` of a document looks at each patch of its only picture.
 
     Mean over heads of the layer's attention weights; a layer's map sums to the share that the picture gets.
     """
