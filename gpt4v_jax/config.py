@@ -32,6 +32,12 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise InputError(f"{name}={value!r} is none of {', '.join(known)}{nearest(value, known)}")
 
 
+def at_least(low: int, **values: float) -> None:
+    for name, value in values.items():
+        if value < low:
+            raise InputError(f"{name}={value} must be {low} or more")
+
+
 @dataclasses.dataclass(frozen=True)
 class Backbone:
     """A stack of transformer blocks; the text model's and, in `Image.encoder`, an image encoder's."""
@@ -51,7 +57,9 @@ class Backbone:
     dropout: float = 0.0  # on the embedded stream and on both residual branches
 
     def __post_init__(self):
-        for name, default in (("kv_heads", self.heads), ("head_dim", self.width // max(self.heads, 1)),
+        at_least(1, depth=self.depth, width=self.width, heads=self.heads)
+        at_least(0, kv_heads=self.kv_heads, head_dim=self.head_dim, hidden=self.hidden)
+        for name, default in (("kv_heads", self.heads), ("head_dim", self.width // self.heads),
                               ("hidden", 4 * self.width)):
             object.__setattr__(self, name, getattr(self, name) or default)
         if self.heads % self.kv_heads:
@@ -68,7 +76,6 @@ class Image:
     patch: int = 16  # a patch is patch x patch x 3 values
     patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to (Kumar et al. 2023)
     position: str = "learned"  # learned | none: added to the patches, beside the backbone's own positions
-    class_token: bool = False  # ViT classifiers only
     classes: int = 0  # ViT classifiers only: outputs of the head
     encoder: Backbone | None = None  # None: encoder-free, patches go straight into the stream
 
@@ -79,6 +86,8 @@ class Image:
 
     def __post_init__(self):
         one_of("position", self.position, ("learned", "none"))
+        at_least(0, size=self.size)
+        at_least(1, patch=self.patch)
         if self.size % self.patch:
             raise InputError(f"image.size={self.size} is not a multiple of image.patch={self.patch}")
 
@@ -102,6 +111,9 @@ class Model:
 
     def __post_init__(self):
         one_of("position", self.position, ("rope", "learned"))
+        at_least(1, context=self.context)
+        if self.position == "rope" and self.backbone.head_dim % 2:
+            raise InputError(f"backbone.head_dim={self.backbone.head_dim} must be even, for rope turns pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +124,16 @@ class Data:
     tokenizer: str = "bpe"  # bpe | char: trained on the training split, kept in the workdir
     vocab: int = 512  # upper bound on the vocabulary of a trained BPE
     pictures: str = "real"  # real | blank: the blind baseline's
-    turns: int = 8  # questions of one picture in one training document, at most
+    turns: int = 8  # questions of one picture in one training document, at most; 0: none is asked
     captions: int = 4  # captions of one picture in an epoch, at most, each in a document of its own
     media: int = 4  # pictures a row can hold: the patch budget is media x patches a picture
     limit: int = 0  # use only so many training records; 0 means all
     threads: int = 2  # that read ahead; 0 reads in line
+
+    def __post_init__(self):
+        one_of("pictures", self.pictures, ("real", "blank"))
+        at_least(0, turns=self.turns, captions=self.captions, limit=self.limit, threads=self.threads)
+        at_least(1, media=self.media, vocab=self.vocab)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +154,12 @@ class Optim:
     def __post_init__(self):
         one_of("name", self.name, ("adamw", "muon"))
         one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
+        at_least(0, lr=self.lr, warmup=self.warmup, clip=self.clip)
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    every: int = 0  # steps; 0: only at the end
+    every: int = 0  # steps; and at the end of every epoch and of the run
     batch: int = 64  # rows
     limit: int = 0  # records in the evaluations during training; 0 means all
     best: str = ""  # the metric by which the best checkpoint is kept, as "evaluator/metric"
@@ -150,6 +168,10 @@ class Eval:
 
     def __post_init__(self):
         one_of("best_mode", self.best_mode, ("max", "min"))
+        at_least(0, every=self.every, limit=self.limit)
+        at_least(1, batch=self.batch)
+        if self.best:
+            one_of("best", self.best.partition("/")[0], self.evaluators)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +195,10 @@ class Config:
     data: Data = Data()
     optim: Optim = Optim()
     eval: Eval = Eval()
+
+    def __post_init__(self):
+        at_least(0, seed=self.seed)
+        at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every)
 
 
 # ---- ConfigDict and JSON on one side, dataclasses on the other
@@ -215,7 +241,25 @@ def parse(values: Mapping, cls=Config, path: str = "config"):
         if key not in fields:
             raise InputError(f"unknown config key {path}.{key}{nearest(key, fields)}")
     hints = typing.get_type_hints(cls)
-    return cls(**{key: _parse_value(values[key], hints[key], f"{path}.{key}") for key in values})
+    parsed = {key: _parse_value(values[key], hints[key], f"{path}.{key}") for key in values}
+    try:
+        return cls(**parsed)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """-> {key such as "model.backbone.width": its values in the two}, where they differ."""
+
+    def flat(values, path):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{path}{key}.")
+            else:
+                yield f"{path}{key}", value
+
+    a, b = (dict(flat(dataclasses.asdict(c), "")) for c in (one, other))
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
 
 def _parse_value(value: Any, hint: Any, path: str):

@@ -55,7 +55,7 @@ def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
     out = rich.table.Table("kind", title=f"{split} split", **style)
     for name in ("asked", *by_name):
         out.add_column(name, justify="right", no_wrap=True)
-    first = next(iter(by_name.values()))
+    first = next(iter(by_name.values()))  # all evaluators of a split ask the same questions
     for kind in [*sorted(first.kinds), "all"] if first.kinds else []:
         cells = ["{:.3f} {:.3f}-{:.3f}".format(*result.share(kind)) for result in by_name.values()]
         out.add_row(kind, f"{first.counts(kind)[1]:,}", *cells)

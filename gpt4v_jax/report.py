@@ -7,6 +7,7 @@ gpt4v_jax.evaluate, and what the best checkpoint answers; where something is mis
 import html
 import json
 import math
+import re
 import string
 from pathlib import Path
 from typing import NamedTuple
@@ -80,15 +81,27 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_results(folder: Path, blank: Path | None = None) -> dict[str, dict[str, Found]]:
-    """-> {split: {evaluator: its newest result}} of <workdir>/eval/<split>-<evaluator>/<step>.json; test first.
+    """-> {split: {evaluator: its result}} of <workdir>/eval/<split>-<evaluator>/<step>.json; test first.
 
-    The results of `blank`'s "questions" are called "blank".
+    All are of one step, the newest that `questions` or `windows` evaluated; `counted` knows no step. The results of
+    `blank`'s "questions" are called "blank".
     """
-    results: dict[str, dict[str, Found]] = {}
-    for path in sorted(folder.glob("eval/*-*/*.json"), key=lambda path: int(path.stem)):
+    paths: dict[str, dict[str, dict[int, Path]]] = {}  # of a split, of an evaluator, at a step
+    for path in folder.glob("eval/*-*/*.json"):
         split, _, name = path.parent.name.rpartition("-")
-        results.setdefault(split, {})[name] = Found(int(path.stem), common.Result(**json.loads(path.read_text())))
+        paths.setdefault(split, {}).setdefault(name, {})[int(path.stem)] = path
+    results: dict[str, dict[str, Found]] = {}
+    for split, by_name in paths.items():
+        step = max(by_name.get("questions") or by_name.get("windows") or [0])
+        for name, at in by_name.items():
+            step_here = max(at) if name == "counted" else step
+            if step_here in at:
+                result = common.Result(**json.loads(at[step_here].read_text()))
+                results.setdefault(split, {})[name] = Found(step_here, result)
     if blank:
+        for key, (mine, its) in config.differences(workdir.load_config(folder), workdir.load_config(blank)).items():
+            if not re.fullmatch(rf"data\.pictures|{workdir.MAY_CHANGE}", key) or key == "steps":
+                raise config.InputError(f"--blank {blank} is another run: its {key} is {its!r}, not {mine!r}")
         if workdir.load_config(blank).data.pictures != "blank":
             raise config.InputError(f"--blank {blank} was trained with pictures: name a run with data.pictures=blank")
         found = {split: one["questions"] for split, one in read_results(blank).items() if "questions" in one}

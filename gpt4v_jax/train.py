@@ -37,8 +37,14 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
         config.one_of("eval.evaluators", name, tuple(eval_lib.EVALUATORS))
 
     # ---- data
+    resumes = checkpoint.exists(folder)
+    if resumes:
+        workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared below
     records = sources.open_split(run.data, "train")  # before the folder is made: what is missing is said at once
-    tokenizer = _tokenizer(run, folder)
+    if resumes:
+        tokenizer = tokenizer_lib.load(folder / "tokenizer.json")
+    else:
+        tokenizer = tokenizer_lib.train(run.data.tokenizer, sources.corpus(run.data), run.data.vocab)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=run.model.vocab or tokenizer.vocab))
     layout = batch_lib.layout(run.model, run.data)
     source = sources.from_records(records, run.data, tokenizer, layout, run.seed)
@@ -49,12 +55,14 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     model = GPT4V(run.model, layout)
     tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
     state = step_lib.init_state(model, tx, run.seed, mesh)
+    workdir.create(folder)
     checkpoints = checkpoint.Checkpoints(folder, run.eval.best, run.eval.best_mode)
-    if checkpoints.latest() is not None:
+    if resumes:
         state = checkpoints.restore(state, checkpoints.latest())
-    workdir.create(folder, run)
-    tokenizer.save(folder / "tokenizer.json")
+        workdir.check_same(folder, run, r"model\.")
     start = int(state.step)
+    if start < run.steps:
+        workdir.describe(folder, run, tokenizer)
 
     # ---- step
     train_step = step_lib.compile_train_step(model, tx, run, state, mesh)
@@ -63,15 +71,17 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     # ---- evaluation
     subject = None
 
-    def evaluate(limit: int) -> dict[str, float]:
+    def evaluate() -> dict[str, float]:
         nonlocal subject
-        if subject is None or limit != run.eval.limit:
-            held_out = common.open_source(run, "validation", tokenizer, layout, limit)
+        if subject is None:
+            held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit)
             subject = common.Subject(run, layout, tokenizer, mesh, eval_step, None, held_out, "validation")
         results = {}
         for name in run.eval.evaluators:
             result = eval_lib.EVALUATORS[name](dataclasses.replace(subject, params=state.params))
             results |= {f"{name}/{key}": float(value) for key, value in result.metrics.items()}
+        if run.eval.best:
+            config.one_of("eval.best", run.eval.best, tuple(results))
         return results
 
     # ---- loop
@@ -84,6 +94,15 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     row_tokens = run.batch * run.model.context
     results, epoch, since = {}, plan.locate(start * run.batch)[0], []  # since: device scalars since the last line
     compiled = None  # when the first step was done
+
+    def show(done: dict | None) -> None:
+        if done and "tokens_per_second" in done:
+            left = (run.steps - done["step"]) * row_tokens / done["tokens_per_second"]
+            progress.show(done["step"], done["loss"], done["tokens_per_second"], left)
+
+    def minutes_spent() -> float:
+        return spent + (time.time() - started) / 60
+
     with progress:
         for step in range(start + 1, run.steps + 1):
             state, values = train_step(state, sharding.put_batch(next(batches), mesh))
@@ -95,38 +114,28 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
                 log.write(step, values)
             elif step % run.log_every == 0 or step == run.steps:
                 rate = row_tokens * (step - start - 1) / max(time.time() - compiled - paused, 1e-9)
-                clock = {"tokens_per_second": rate, "epoch": epoch, "minutes": spent + (time.time() - started) / 60}
-                done = log.later(step, values | clock)
-                if done:
-                    left = (run.steps - step) * row_tokens / rate
-                    progress.show(step, done["loss"], rate, left)
+                show(log.later(step, values | {"tokens_per_second": rate, "epoch": epoch, "minutes": minutes_spent()}))
             progress.advance(step)
 
             last = step == run.steps
             here, epoch = epoch, plan.locate(step * run.batch)[0]
-            due = step % run.eval.every == 0 if run.eval.every else epoch != here
-            if due or last:
+            due = last or epoch != here or (run.eval.every and step % run.eval.every == 0)
+            if due:
+                show(log.flush())
                 before = time.time()
-                results = evaluate(0 if last else run.eval.limit)
-                log.write(step, results)
+                results = evaluate()
+                log.write(step, results | {"minutes": minutes_spent()})
                 progress.line(_line(step, here, since, results))
                 since = []
                 paused += time.time() - before
-            if due or last or step % run.save_every == 0:
-                log.flush()  # a run that is killed now resumes behind this step
-                checkpoints.save(state, results if due or last else None)
+            if due or step % run.save_every == 0:
+                show(log.flush())  # a run that is killed now resumes behind this step
+                checkpoints.save(state, results if due else None)
     log.close()
     checkpoints.wait()
     checkpoints.close()
     progress.line(f"done: {run.steps} steps, {(time.time() - started) / 60:.1f} minutes in this process; {folder}")
     return results
-
-
-def _tokenizer(run: config.Config, folder: Path) -> tokenizer_lib.Tokenizer:
-    path = folder / "tokenizer.json"
-    if path.exists():
-        return tokenizer_lib.load(path)
-    return tokenizer_lib.train(run.data.tokenizer, sources.corpus(run.data), run.data.vocab)
 
 
 def summary(run, layout, params, mesh, source, tokenizer, start) -> str:

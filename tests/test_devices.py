@@ -48,10 +48,11 @@ def main():
     from gpt4v_jax.training import step as step_lib
     from tests import tiny
 
+    optimizer = config.Optim(name="muon", lr=5e-3, warmup=5)  # and Adam, for what is no matrix of a block
     block = config.Backbone(depth=2, width=32, heads=4, kv_heads=2, activation="swiglu", dropout=0.1)
-    image = config.Image(size=4, patch=2)
-    model = config.Model(vocab=tiny.VOCAB, context=24, tied=False, backbone=block, image=image)
-    run = config.Config(batch=8, model=model, optim=config.Optim(lr=3e-3, warmup=5))
+    image = config.Image(size=4, patch=2, patch_norm=True)
+    model = config.Model(vocab=tiny.VOCAB, context=24, tied=False, embed_norm=True, backbone=block, image=image)
+    run = config.Config(batch=8, model=model, optim=optimizer)
     module = tiny.make_module(model)
     texts = [("I U2 A3", "U1 I A2"), ("U3 A8 U1 A2",), ("I I U1 A5",), ("U1 A9",)] * 2
     batches = [

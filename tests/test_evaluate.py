@@ -14,8 +14,8 @@ from absl import flags
 from gpt4v_jax import config, evaluate, train
 from gpt4v_jax.data import sources
 from gpt4v_jax.data.datasets.digits_world import KINDS
-from gpt4v_jax.eval import common
-from gpt4v_jax.training import metrics
+from gpt4v_jax.eval import common, questions
+from gpt4v_jax.training import metrics, workdir
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def trained(data: config.Data, folder: Path) -> Path:
         "data": dataclasses.asdict(dataclasses.replace(data, limit=32, turns=4)),
         "model": {"context": 128, "image": {"size": 24, "patch": 12},
                   "backbone": {"depth": 2, "width": 16, "heads": 2}},
-        "eval": {"limit": 4, "every": 2, "evaluators": ["questions", "permuted"], "best": "questions/loss",
+        "eval": {"every": 2, "evaluators": ["questions", "permuted"], "best": "questions/loss",
                  "best_mode": "min"},
     })  # fmt: skip
     train.train(run, folder)
@@ -77,6 +77,33 @@ def test_every_split_and_evaluator(folder):
             for kind, (right, count) in result.kinds.items():
                 hits = [hit for hit, question in zip(result.right, asked, strict=True) if question[0] == kind]
                 assert (right, count) == (sum(hits), len(hits))
+
+
+def test_permuted_asks_of_another_picture(folder):
+    """Every scene's questions, in their order, with a picture that is another scene's; and every picture is used."""
+    trained = workdir.restore(folder)
+    source = common.open_source(trained.run, "test", trained.tokenizer, trained.layout)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(questions, "_ask", lambda subject, asking: asked.append(asking))
+        t = trained
+        subject = common.Subject(t.run, t.layout, t.tokenizer, t.mesh, None, None, source, "test")
+        questions.accuracy(subject)
+        questions.permuted(subject)
+    own, other = ([asking.pieces(0, i) for i in range(len(asking.items))] for asking in asked)
+    assert [pieces[1:] for pieces in own] == [pieces[1:] for pieces in other]
+    pairs = {(a[0].picture, b[0].picture) for a, b in zip(own, other, strict=True)}
+    scenes = set(range(len(source.turns)))
+    assert all(a != b for a, b in pairs) and {a for a, _ in pairs} == {b for _, b in pairs} == scenes
+    assert len(pairs) == len(scenes)
+
+
+@pytest.mark.parametrize("name, message", [("windows", "use the evaluator 'questions'"), ("question", "'questions'")])
+def test_an_evaluator_that_does_not_fit(name, message, folder):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(config.InputError, match=message):
+        evaluate.evaluate(folder, ["test"], [name])
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_results_on_disk(folder):

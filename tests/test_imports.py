@@ -1,4 +1,4 @@
-"""The arrows of docs/architecture.md, read from the source: imports point left only."""
+"""The arrows of CONTRIBUTING.md, read from the source: imports point left only."""
 
 import ast
 import subprocess

@@ -1,6 +1,7 @@
 """The loop as a whole, on real pictures: resuming, and bad input."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from absl import flags
 
 from gpt4v_jax import config, train
-from gpt4v_jax.training import checkpoint, metrics
+from gpt4v_jax.training import checkpoint, metrics, workdir
 
 ROOT = Path(__file__).parent.parent
 CONFIG = '''
@@ -151,6 +152,15 @@ def command(capsys, *args) -> str:
     ("--config.model.image.size=0", ["image.size"]),
     ("--config.model.context=16", ["positions", "model.context=16"]),
     ("--config.model.vocab=50", ["token id", "vocabulary of 50"]),
+    ("--config.data.pictures=blnak", ["config.data", "'blnak'", "'blank'"]),
+    ("--config.eval.best=question/accuracy", ["config.eval", "best='question'", "'questions'"]),
+    ("--config.batch=0", ["batch=0 must be 1 or more"]),
+    ("--config.seed=-1", ["seed=-1 must be 0 or more"]),
+    ("--config.log_every=0", ["log_every=0 must be 1 or more"]),
+    ("--config.eval.batch=0", ["config.eval: batch=0 must be 1 or more"]),
+    ("--config.model.backbone.heads=0", ["config.model.backbone: heads=0 must be 1 or more"]),
+    ("--config.model.backbone.head_dim=5", ["head_dim=5 must be even"]),
+    ("--config.model.image.patch=0", ["config.model.image: patch=0 must be 1 or more"]),
     ("--config.optim.frozen=nothing", ["'nothing'", "matches no parameter"]),
     ("stray", ["unexpected argument 'stray'"]),
 ])  # fmt: skip
@@ -171,6 +181,39 @@ def test_a_workdir_of_another_model(runs, file, capsys):
     error = command(capsys, f"--config={file()}", f"--workdir={folder}", "--config.model.backbone.width=32")
     assert "parameter backbone/block_0/attention/key/kernel is (16, 2, 8) there and (32, 2, 16) in this config" in error
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.data.pictures=blank", "data.pictures='real', in this config it is 'blank'"),
+    ("--config.optim.name=muon", "optim.name='adamw', in this config it is 'muon'"),
+    ("--config.data.tokenizer=char", "data.tokenizer='bpe', in this config it is 'char'"),
+    ("--config.model.fusion.kind=prefix_lm", "model.fusion.kind='concat', in this config it is 'prefix_lm'"),
+    ("--config.seed=1", "seed=0, in this config it is 1"),
+])  # fmt: skip
+def test_a_workdir_of_another_run(argument, message, runs, file, capsys):
+    """Of the same parameters, but not the run that the folder says it is."""
+    (folder, _), _ = runs
+    before = contents(folder)
+    assert message in command(capsys, f"--config={file()}", f"--workdir={folder}", argument)
+    assert contents(folder) == before
+
+
+def test_a_workdir_that_is_a_file(file, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert "run cannot be written" in command(capsys, f"--config={file()}", f"--workdir={tmp_path / 'run'}")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert workdir.environment()["commit"] == "unknown"
+
+
+def test_what_the_terminal_says_is_what_the_log_says(runs, capsys, file, tmp_path):
+    run(file(), tmp_path / "run")
+    said = re.findall(r"step (\d)/4  loss ([\d.]+) ", capsys.readouterr().out)
+    logged = {line["step"]: line["loss"] for line in metrics.read(tmp_path / "run") if "tokens_per_second" in line}
+    assert said == [(str(step), f"{loss:.4f}") for step, loss in logged.items()] and len(said) == 3
 
 
 def test_a_finished_run_again_changes_no_checkpoint(runs, file):

@@ -105,7 +105,7 @@ class Conversations:
             captions = [("caption", CAPTION_PROMPT, text_of(c)) for c in record["captions"]]
             for turns, found in ((self.captions, captions), (self.turns, questions(record))):
                 turns.append([Turn(*t, encode(t[1]), encode(t[2])) for t in found])
-            self._documents += [(i, k) for k in range(-1, min(data.captions, len(captions)))]
+            self._documents += [(i, k) for k in range(-1 if data.turns else 0, min(data.captions, len(captions)))]
 
     def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
         """Document i of the epoch."""

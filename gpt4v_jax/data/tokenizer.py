@@ -3,9 +3,7 @@
 Special tokens are ids that no text encodes to: what a user types stays plain text.
 """
 
-import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -35,20 +33,14 @@ class Tokenizer:
                 raise config.InputError(f"the character {odd!r} is not in the vocabulary of {len(known)} characters")
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._inner.encode_batch(list(texts), add_special_tokens=False)]
-
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens are left out."""
         drop = set(self.special.values())
         return self._inner.decode([int(i) for i in ids if int(i) not in drop], skip_special_tokens=False)
 
-    def save(self, path: Path) -> None:
-        """Whole or not at all."""
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            file.write(self._inner.to_str(pretty=True))
-        os.replace(temporary, path)
+    def to_json(self) -> str:
+        """What `load` reads from a file."""
+        return self._inner.to_str(pretty=True)
 
 
 def load(path: Path) -> Tokenizer:

@@ -26,13 +26,13 @@ def permuted(subject: common.Subject) -> common.Result:
 
 def counted(subject: common.Subject) -> common.Result:
     """No model: the answer that the training split gives most often to these words, else to this kind."""
+    items = _questions(subject).items
     words, kinds = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
     training = sources.open_split(subject.run.data, "train")
     for i in range(sources.limit(subject.run.data, len(training))):
         for kind, question, answer in sources.questions(training[i]):
             words[question][answer] += 1
             kinds[kind][answer] += 1
-    items = _questions(subject).items
     right = []
     for _, turn in items:
         seen = words.get(turn.question) or kinds[turn.kind]

@@ -27,8 +27,8 @@ _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best
 
 def main() -> None:
     sampling = sample.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    if _SAMPLES.value < 1:
-        raise config.InputError(f"--samples={_SAMPLES.value} must be 1 or more")
+    config.at_least(1, samples=_SAMPLES.value)
+    config.at_least(0, seed=_SEED.value)
     folder = Path(_WORKDIR.value)
     size = workdir.load_config(folder).model.image.size
     if (_IMAGE.value or _RECORD.value) and not size:

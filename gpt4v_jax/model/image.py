@@ -30,7 +30,7 @@ class PatchEmbed(nn.Module):
         if c.patch_norm:  # without it training makes the content ten times as large, and a patch's place is lost in it
             x = Norm("layer", PATCH_NORM_EPS, name="content_norm")(x)
         if c.position == "learned":
-            # As large as the patches' own vectors: at 0.02 a patch's place is lost beside its content for an epoch.
+            # Nearly as large as what patches show: at 0.02 a patch's place is lost beside that for an epoch.
             table = Table(c.grid**2, self.width, 0.5, name="position")
             x += table(index_BM3[..., 1] * c.grid + index_BM3[..., 2])
         return x

@@ -22,7 +22,7 @@ def _llama(depth: int, width: int, heads: int, kv_heads: int, hidden: int, vocab
 def _vit(depth: int, width: int, heads: int, patch: int) -> dict:
     encoder = {"depth": depth, "width": width, "heads": heads, "norm": "layer", "norm_eps": 1e-6,
                "activation": "gelu", "bias": True}  # fmt: skip
-    return {"size": 224, "patch": patch, "class_token": True, "classes": 1000, "encoder": encoder}
+    return {"size": 224, "patch": patch, "classes": 1000, "encoder": encoder}
 
 
 MODELS = {  # config.Model

@@ -15,6 +15,11 @@ from gpt4v_jax import config, sharding
 from gpt4v_jax.training.step import State
 
 
+def exists(workdir: Path) -> bool:
+    """Does the folder hold a finished checkpoint?"""
+    return any(path.name.isdigit() for path in (Path(workdir) / "checkpoints").glob("*"))
+
+
 class Checkpoints:
     """The checkpoints of one workdir: the newest, and the best by `metric` ("evaluator/metric") where one is named."""
 

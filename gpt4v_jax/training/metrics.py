@@ -11,6 +11,8 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from gpt4v_jax.training import workdir as workdir_lib
+
 
 class Log:
     """Appends to <workdir>/metrics.jsonl and TensorBoard's event file; a resumed run drops what it will do again."""
@@ -19,7 +21,7 @@ class Log:
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
-            self._path.write_text("".join(line + "\n" for line in kept))
+            workdir_lib.write(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
         self._waiting = None
@@ -33,19 +35,19 @@ class Log:
             self._board.add_scalar(name, value, step)
 
     def later(self, step: int, values: dict) -> dict | None:
-        """Writes the values of the call before, and -> them as floats (None where none wait)."""
-        ready, self._waiting = self._waiting, (step, values)
-        if ready is None:
-            return None
-        done = {name: float(value) for name, value in ready[1].items()}
-        self.write(ready[0], done)
+        """Writes the values of the call before, and -> them as floats, with their "step" (None where none wait)."""
+        done = self.flush()
+        self._waiting = step, values
         return done
 
-    def flush(self) -> None:
-        """Writes the values that wait."""
-        if self._waiting:
-            self.write(*self._waiting)
-            self._waiting = None
+    def flush(self) -> dict | None:
+        """Writes the values that wait, and -> them like `later`."""
+        if self._waiting is None:
+            return None
+        (step, values), self._waiting = self._waiting, None
+        done = {name: float(value) for name, value in values.items()}
+        self.write(step, done)
+        return {"step": step} | done
 
     def close(self) -> None:
         self.flush()

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import checkpoint
 from gpt4v_jax.training import step as step_lib
+
+MAY_CHANGE = r"steps|log_every|save_every|mesh\..*|eval\..*|data\.(dir|cache|threads)"  # when a run goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +48,36 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def create(workdir: Path, run: config.Config) -> None:
-    """Makes the folder and writes what the run is and where it runs."""
+def create(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write(workdir / "config.json", config.to_json(run))
-        write(workdir / "environment.json", json.dumps(environment(), indent=2))
     except OSError as error:
         raise config.InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
+def describe(workdir: Path, run: config.Config, tokenizer: tokenizer_lib.Tokenizer) -> None:
+    """Writes what the run is and where it runs."""
+    write(workdir / "config.json", config.to_json(run))
+    write(workdir / "environment.json", json.dumps(environment(), indent=2))
+    write(workdir / "tokenizer.json", tokenizer.to_json())
+
+
+def check_same(workdir: Path, run: config.Config, pattern: str) -> None:
+    """Raises InputError where a key that matches `pattern` differs from the run in the folder and a resumed run may
+    not change it: a run whose data or model changed on the way is no run that anybody can repeat."""
+    for key, (there, here) in config.differences(load_config(workdir), run).items():
+        if re.match(pattern, key) and not re.fullmatch(MAY_CHANGE, key):
+            raise config.InputError(
+                f"--workdir={workdir} holds a run with {key}={there!r}, in this config it is {here!r}: use its config, "
+                "or another --workdir"
+            )
+
+
 def environment() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
-    revision = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
     return {
         "command": shlex.join(["python", "-m", "gpt4v_jax." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
-        "commit": revision.stdout.strip() or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "devices": [device.device_kind for device in jax.devices()],
@@ -70,10 +85,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git here
+        return "unknown"
+
+
 def load_config(workdir: Path) -> config.Config:
     path = workdir / "config.json"
     if not path.is_file():
-        raise config.InputError(f"--workdir={workdir} holds no run: {path.name} is missing; train one there first")
+        raise config.InputError(f"{workdir} holds no run: {path.name} is missing; train one there first")
     return config.from_json(path.read_text())
 
 

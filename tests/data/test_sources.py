@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import numpy as np
 import pytest
 
 from gpt4v_jax import batch as batch_lib
@@ -50,6 +51,42 @@ def test_what_is_drawn_depends_on_seed_and_epoch(digits_world, tokenizer):
     first = read(data, tokenizer, epoch=0)[1]
     assert first == read(data, tokenizer, epoch=0)[1]
     assert first != read(data, tokenizer, epoch=1)[1] and first != read(data, tokenizer, epoch=0, seed=1)[1]
+
+
+def test_blank_pictures_are_grey(digits_world, tokenizer):
+    """All that the blind baseline sees; its texts and the plan of its rows are those of real pictures."""
+    few = dataclasses.replace(digits_world, limit=4)
+    real, blank = (read(dataclasses.replace(few, pictures=name), tokenizer, 0) for name in ("real", "blank"))
+    assert real[1] == blank[1] and (real[0].sizes(0)[0] == blank[0].sizes(0)[0]).all()
+    assert all((blank[0].picture(i) == 128).all() and real[0].picture(i).std() > 1 for i in range(4))
+
+
+def test_windows_read_a_text_once_an_epoch():
+    ids = np.arange(1000) % 7 + np.arange(1000) // 7
+    layout = batch_lib.layout(tiny.make_config(size=0, context=24), config.Data())
+    fixed = sources.Windows(ids, layout, seed=None)
+    assert set(fixed.sizes(0)[0]) == {24} and len(fixed.sizes(0)[0]) == 999 // 24
+    for i in range(999 // 24):  # no overlap, no gap, and the target is the token that follows
+        document = fixed.document(0, i)
+        np.testing.assert_array_equal(document.tokens, ids[24 * i : 24 * i + 24])
+        np.testing.assert_array_equal(document.target, ids[24 * i + 1 : 24 * i + 25])
+        assert (document.weight == 1).all() and document.ar.all()
+    drawn = sources.Windows(ids, layout, seed=3)
+    starts = set()
+    for epoch in range(8):
+        count = len(drawn.sizes(epoch)[0])
+        read_ = np.concatenate([drawn.document(epoch, i).tokens for i in range(count)])
+        start = next(s for s in range(24) if (ids[s : s + len(read_)] == read_).all())
+        starts.add(start)
+        assert start + len(read_) + 1 + 24 > len(ids)  # to the last whole window
+    assert len(starts) > 3
+    with pytest.raises(config.InputError, match="too few for two windows of 24"):
+        sources.Windows(ids[:40], layout, seed=None)
+
+
+def test_no_questions_leaves_the_captions(digits_world, tokenizer):
+    source, said = read(dataclasses.replace(digits_world, turns=0, captions=1, limit=20), tokenizer, epoch=0)
+    assert len(source.sizes(0)[0]) == 20 and all(len(documents) == 1 for documents in said.values())
 
 
 def test_no_captions_leaves_the_questions(digits_world, tokenizer):

@@ -22,6 +22,9 @@ def test_patches_and_linear_are_a_convolution(patch_norm):
     kernel = params["embed"]["kernel"].reshape(patch, patch, 3, width)
     bias = np.arange(width)
     params["embed"]["bias"] = bias.astype(np.float32)
+    if patch_norm:  # away from their first values, 1 and 0
+        scale = np.linspace(0.5, 2, width, dtype=np.float32)
+        params["content_norm"] = {"scale": scale, "bias": np.ones(width, np.float32)}
     x = embed.apply({"params": params}, packing.patchify(picture, patch)[None], index)[0]
 
     pixels = picture / 127.5 - 1  # -1 to 1
@@ -31,6 +34,9 @@ def test_patches_and_linear_are_a_convolution(patch_norm):
             if patch_norm:
                 window = (window - window.mean()) / np.sqrt(window.var() + 0.01)
             convolved = (window[..., None] * kernel).sum((0, 1, 2)) + bias
+            if patch_norm:
+                convolved = (convolved - convolved.mean()) / np.sqrt(convolved.var() + 0.01)
+                convolved = convolved * params["content_norm"]["scale"] + 1
             position = params["position"]["table"][row * 3 + column]
             np.testing.assert_allclose(x[row * 3 + column], convolved + position, atol=1e-5)
 

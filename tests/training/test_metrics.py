@@ -10,7 +10,7 @@ def test_lines(tmp_path):
     log = metrics.Log(tmp_path, 0)
     log.write(1, {"loss": jnp.float32(2.5)})
     assert log.later(2, {"loss": jnp.float32(1.5)}) is None
-    assert log.later(3, {"loss": jnp.float32(0.5)}) == {"loss": 1.5}
+    assert log.later(3, {"loss": jnp.float32(0.5)}) == {"step": 2, "loss": 1.5}
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}]
     log.close()
     assert metrics.read(tmp_path)[2:] == [{"step": 3, "loss": 0.5}]

@@ -1,0 +1,66 @@
+"""python -m gpt4v_jax.generate: its answers, and bad input."""
+
+import importlib
+
+import pytest
+from absl.testing import flagsaver
+
+from gpt4v_jax import config
+from gpt4v_jax.data import sources
+from gpt4v_jax.training import workdir
+from tests.test_evaluate import folder  # noqa: F401
+
+generate = importlib.import_module("gpt4v_jax.generate.__main__")
+
+
+def say(capsys, monkeypatch, *args) -> tuple[int, str, str]:
+    """-> (exit status, stdout, stderr) of the command."""
+    monkeypatch.setattr("sys.argv", ["generate", *map(str, args)])
+    with flagsaver.flagsaver():
+        try:
+            config.run(generate.main, required=("workdir",))
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+    return status, *capsys.readouterr()
+
+
+def test_a_record_is_asked_its_question(folder, capsys, monkeypatch):  # noqa: F811
+    status, out, _ = say(capsys, monkeypatch, f"--workdir={folder}", "--record=test:3", "--max_new_tokens=4")
+    record = sources.open_split(workdir.load_config(folder).data, "test")[3]
+    _, question, answer = sources.questions(record)[0]
+    assert status == 0 and out.startswith(f"question: {question}\ntruth:    {answer}\nanswer:   ")
+
+
+def test_a_picture_file_is_the_record_s_picture(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """The same picture as a file, and samples: sample i of one run is the first of a run with seed + i."""
+    record = sources.open_split(workdir.load_config(folder).data, "test")[3]
+    (tmp_path / "scene.png").write_bytes(record["image"])
+    question = sources.questions(record)[0][1]
+    both = [f"--workdir={folder}", f"--prompt={question}", "--temperature=1", "--max_new_tokens=6"]
+    _, out, _ = say(capsys, monkeypatch, *both, f"--image={tmp_path / 'scene.png'}", "--samples=3", "--seed=5")
+    _, same, _ = say(capsys, monkeypatch, *both, "--record=test:3", "--samples=3", "--seed=5")
+    _, last, _ = say(capsys, monkeypatch, *both, "--record=test:3", "--seed=7")
+    answers = [text.strip() for text in out.split("answer:")[1:]]
+    assert out == same and len(answers) == 3 and last.split("answer:")[1].strip() == answers[2]
+    assert len(set(answers)) == 3
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "--prompt is missing"),
+    (["--prompt=x", "--image={dir}/text.png"], "text.png"),
+    (["--prompt=x", "--image={dir}/absent.png"], "absent.png"),
+    (["--record=test:99999"], "--record=test:99999 must be test:0 to test:31"),
+    (["--record=tset:0"], "did you mean 'test'"),
+    (["--prompt=x", "--samples=0"], "samples=0 must be 1 or more"),
+    (["--prompt=x", "--seed=-1"], "seed=-1 must be 0 or more"),
+    (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be 0"),
+    (["--prompt=" + "where is the red digit? " * 60], "context"),
+    (["--prompt=x", "--step=3"], "has no step 3"),
+])  # fmt: skip
+def test_bad_input(args, message, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    (tmp_path / "text.png").write_text("no picture")
+    args = [arg.format(dir=tmp_path) for arg in args]
+    status, out, err = say(capsys, monkeypatch, f"--workdir={folder}", *args)
+    assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not out
