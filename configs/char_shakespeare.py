@@ -2,7 +2,7 @@
 
 python -m gpt4v_jax.train --config configs/char_shakespeare.py --workdir runs/char_shakespeare
 
-The published validation loss of this set-up is 1.88. Not measured to the end yet.
+The published validation loss of this set-up is 1.88. Measured: 1.677 (docs/results/shakespeare.md).
 """
 
 from gpt4v_jax import config as config_lib

@@ -2,7 +2,8 @@
 
 python -m gpt4v_jax.train --config configs/char_shakespeare_best.py --workdir runs/char_shakespeare_best
 
-Not measured yet: a first guess of a recipe.
+The budget: 1,600 steps of 2,048 characters, 3.28 million in all, 19.4 GFLOP a step, 31 TFLOP in all.
+Measured: 1.469, in 10.3 minutes (docs/results/shakespeare.md).
 """
 
 from gpt4v_jax import config as config_lib
