@@ -3,8 +3,8 @@
 python -m gpt4v_jax.train --config configs/digits_world.py --workdir runs/digits_world
 python -m gpt4v_jax.train --config configs/digits_world.py:pictures=blank --workdir runs/digits_world_blank
 
-Measured: 0.945 of 4,672 test questions, "what digit is the red one?" 0.955, in 22.8 minutes on 2 cores, beside 0.244 for
-counted answers and 0.210 with pictures permuted; pairs never seen in training 0.795: docs/results/digits_world.md
+Measured: 0.945 of 4,672 test questions, "what digit is the red one?" 0.955, in 22.8 minutes on 2 cores, beside 0.244 by
+counted answers and 0.210 with pictures permuted; of pairs never seen in training 0.795: docs/results/digits_world.md
 """
 
 from gpt4v_jax import config as config_lib
