@@ -120,16 +120,17 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
             last = step == run.steps
             here, epoch = epoch, plan.locate(step * run.batch)[0]
             due = last or epoch != here or (run.eval.every and step % run.eval.every == 0)
+            saves = due or step % run.save_every == 0
+            if saves:
+                show(log.flush())  # a run that is killed after this resumes behind this step
             if due:
-                show(log.flush())
                 before = time.time()
                 results = evaluate()
                 log.write(step, results | {"minutes": minutes_spent()})
                 progress.line(_line(step, here, since, results))
                 since = []
                 paused += time.time() - before
-            if due or step % run.save_every == 0:
-                show(log.flush())  # a run that is killed now resumes behind this step
+            if saves:
                 checkpoints.save(state, results if due else None)
     log.close()
     checkpoints.wait()

@@ -167,6 +167,11 @@ def test_a_model_trained_blind_stands_beside_the_model(folder, blank):  # noqa: 
 def test_what_is_no_blind_run_is_refused(folder, page, blank):  # noqa: F811
     with pytest.raises(config.InputError, match="was trained with pictures: name a run with data.pictures=blank"):
         report.report(folder, folder)
+    run = json.loads((blank / "config.json").read_text())
+    (blank / "config.json").write_text(json.dumps(run | {"steps": 3}))
+    with pytest.raises(config.InputError, match="is another run: its steps is 3, not 4"):
+        report.report(folder, blank)
+    (blank / "config.json").write_text(json.dumps(run))
     shutil.rmtree(blank / "eval")
     with pytest.raises(config.InputError, match="has no results yet: run python -m gpt4v_jax.evaluate --workdir"):
         report.report(folder, blank)
