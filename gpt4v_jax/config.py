@@ -159,7 +159,7 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    every: int = 0  # steps; and at the end of every epoch and of the run
+    every: int = 0  # steps; 0: at the end of every epoch. And at the end of the run
     batch: int = 64  # rows
     limit: int = 0  # records in the evaluations during training; 0 means all
     best: str = ""  # the metric by which the best checkpoint is kept, as "evaluator/metric"
@@ -171,7 +171,11 @@ class Eval:
         at_least(0, every=self.every, limit=self.limit)
         at_least(1, batch=self.batch)
         if self.best:
-            one_of("best", self.best.partition("/")[0], self.evaluators)
+            evaluator, _, metric = self.best.partition("/")
+            if not self.evaluators:
+                raise InputError(f"best={self.best!r} needs the evaluator {evaluator!r}: name it, or set best to ''")
+            one_of("best", evaluator, self.evaluators)
+            one_of("best", metric.partition("/")[0], ("accuracy", "loss"))
 
 
 @dataclasses.dataclass(frozen=True)

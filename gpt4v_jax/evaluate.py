@@ -32,8 +32,8 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
     run = trained.run
     splits = splits or [name for name in sources.splits(run.data) if name != "train"]
     evaluators = evaluators or [*run.eval.evaluators, *(["counted"] if run.model.image.size else [])]
-    for name in evaluators:
-        config.one_of("evaluator", name, tuple(eval_lib.EVALUATORS))
+    if not evaluators:
+        raise config.InputError("the run's config names no evaluator: name one by --evaluator")
     eval_step = jax.jit(step_lib.make_eval_step(trained.model))
     results: dict[str, dict] = {}
     for split in splits:
@@ -41,6 +41,7 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
         subject = common.Subject(
             run, trained.layout, trained.tokenizer, trained.mesh, eval_step, trained.params, source, split
         )
+        eval_lib.check(evaluators, source, run.data.name)
         results[split] = {}
         for name in evaluators:
             result = results[split][name] = eval_lib.EVALUATORS[name](subject)

@@ -100,10 +100,13 @@ def read_results(folder: Path, blank: Path | None = None) -> dict[str, dict[str,
                 results.setdefault(split, {})[name] = Found(step_here, result)
     if blank:
         for key, (mine, its) in config.differences(workdir.load_config(folder), workdir.load_config(blank)).items():
-            if not re.fullmatch(rf"data\.pictures|{workdir.MAY_CHANGE}", key) or key == "steps":
+            if not re.fullmatch(rf"data\.pictures|eval\..*|{workdir.MAY_CHANGE}", key) or key == "steps":
                 raise config.InputError(f"--blank {blank} is another run: its {key} is {its!r}, not {mine!r}")
         if workdir.load_config(blank).data.pictures != "blank":
             raise config.InputError(f"--blank {blank} was trained with pictures: name a run with data.pictures=blank")
+        trained, steps = _last(read_metrics(blank), "step") or 0, workdir.load_config(blank).steps
+        if trained < steps:
+            raise config.InputError(f"--blank {blank} has trained {trained} of {steps} steps: let it end first")
         found = {split: one["questions"] for split, one in read_results(blank).items() if "questions" in one}
         if not found:
             raise config.InputError(f"--blank {blank} has no results yet: run {_command('evaluate', blank)}")

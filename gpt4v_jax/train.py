@@ -33,8 +33,6 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     mesh = sharding.make_mesh(run.mesh)
     jax.set_mesh(mesh)
     sharding.check_batch(run.batch, mesh)
-    for name in run.eval.evaluators:
-        config.one_of("eval.evaluators", name, tuple(eval_lib.EVALUATORS))
 
     # ---- data
     resumes = checkpoint.exists(folder)
@@ -49,6 +47,8 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     layout = batch_lib.layout(run.model, run.data)
     source = sources.from_records(records, run.data, tokenizer, layout, run.seed)
     plan = packing.RowPlan(source.sizes, layout, run.seed)
+    held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit) if run.eval.evaluators else None
+    eval_lib.check(run.eval.evaluators, held_out, run.data.name)
     next(pipeline.batches(source, plan, layout, run.batch, 0, 1))  # what is wrong with records is said before a file is
 
     # ---- state
@@ -69,13 +69,9 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     eval_step = jax.jit(step_lib.make_eval_step(model))
 
     # ---- evaluation
-    subject = None
+    subject = common.Subject(run, layout, tokenizer, mesh, eval_step, None, held_out, "validation")
 
     def evaluate() -> dict[str, float]:
-        nonlocal subject
-        if subject is None:
-            held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit)
-            subject = common.Subject(run, layout, tokenizer, mesh, eval_step, None, held_out, "validation")
         results = {}
         for name in run.eval.evaluators:
             result = eval_lib.EVALUATORS[name](dataclasses.replace(subject, params=state.params))
@@ -92,7 +88,8 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     progress.line(summary(run, layout, state.params, mesh, source, tokenizer, start))
     batches = pipeline.batches(source, plan, layout, run.batch, start, run.steps, run.data.threads)
     row_tokens = run.batch * run.model.context
-    results, epoch, since = {}, plan.locate(start * run.batch)[0], []  # since: device scalars since the last line
+    results, evaluated = {}, 0  # the newest evaluation, and its step
+    epoch, since = plan.locate(start * run.batch)[0], []  # since: device scalars since the last line
     compiled = None  # when the first step was done
 
     def show(done: dict | None) -> None:
@@ -119,7 +116,7 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
 
             last = step == run.steps
             here, epoch = epoch, plan.locate(step * run.batch)[0]
-            due = last or epoch != here or (run.eval.every and step % run.eval.every == 0)
+            due = last or (step % run.eval.every == 0 if run.eval.every else epoch != here)
             saves = due or step % run.save_every == 0
             if saves:
                 show(log.flush())  # a run that is killed after this resumes behind this step
@@ -127,9 +124,11 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
                 before = time.time()
                 results = evaluate()
                 log.write(step, results | {"minutes": minutes_spent()})
-                progress.line(_line(step, here, since, results))
-                since = []
+                evaluated = step
                 paused += time.time() - before
+            if due or epoch != here:
+                progress.line(_line(step, here, since, results, evaluated))
+                since = []
             if saves:
                 checkpoints.save(state, results if due else None)
     log.close()
@@ -156,10 +155,12 @@ def summary(run, layout, params, mesh, source, tokenizer, start) -> str:
     ])  # fmt: skip
 
 
-def _line(step: int, epoch: int, since, results: dict[str, float]) -> str:
+def _line(step: int, epoch: int, since, results: dict[str, float], evaluated: int) -> str:
     loss, accuracy = (sum(float(x) for x in column) / len(since) for column in zip(*since, strict=True))
     held_out = "  ".join(f"{name} {value:.4f}" for name, value in results.items() if name.count("/") == 1)
-    return f"epoch {epoch} step {step}  loss {loss:.4f}  token accuracy {accuracy:.4f}  | validation {held_out}"
+    at = "" if evaluated == step else f" of step {evaluated}"
+    held_out = f"  | validation{at} {held_out}" if held_out else ""
+    return f"epoch {epoch} step {step}  loss {loss:.4f}  token accuracy {accuracy:.4f}{held_out}"
 
 
 def main() -> None:

@@ -149,6 +149,7 @@ def blank(folder, page, tmp_path):  # noqa: F811
     copy = tmp_path / "blank"
     copy.mkdir()
     (copy / "config.json").write_text(json.dumps(run | {"data": run["data"] | {"pictures": "blank"}}))
+    (copy / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
     for split in ("test", "compositional"):
         kinds = {kind: [0, asked] for kind, (_, asked) in evaluated(folder)[split]["questions"].kinds.items()}
         path = copy / "eval" / f"{split}-questions" / "7.json"
@@ -172,6 +173,11 @@ def test_what_is_no_blind_run_is_refused(folder, page, blank):  # noqa: F811
     with pytest.raises(config.InputError, match="is another run: its steps is 3, not 4"):
         report.report(folder, blank)
     (blank / "config.json").write_text(json.dumps(run))
+    lines = (blank / "metrics.jsonl").read_text()
+    (blank / "metrics.jsonl").write_text(lines.replace("4", "3", 1))
+    with pytest.raises(config.InputError, match="has trained 3 of 4 steps"):
+        report.report(folder, blank)
+    (blank / "metrics.jsonl").write_text(lines)
     shutil.rmtree(blank / "eval")
     with pytest.raises(config.InputError, match="has no results yet: run python -m gpt4v_jax.evaluate --workdir"):
         report.report(folder, blank)

@@ -154,6 +154,9 @@ def command(capsys, *args) -> str:
     ("--config.model.vocab=50", ["token id", "vocabulary of 50"]),
     ("--config.data.pictures=blnak", ["config.data", "'blnak'", "'blank'"]),
     ("--config.eval.best=question/accuracy", ["config.eval", "best='question'", "'questions'"]),
+    ("--config.eval.best=questions/acuracy", ["config.eval", "best='acuracy'", "'accuracy'"]),
+    ("--config.eval.evaluators=()", ["needs the evaluator 'questions'"]),
+    ("--config.eval.evaluators=('questions','windows')", ["no plain text", "'questions'"]),
     ("--config.batch=0", ["batch=0 must be 1 or more"]),
     ("--config.seed=-1", ["seed=-1 must be 0 or more"]),
     ("--config.log_every=0", ["log_every=0 must be 1 or more"]),
@@ -188,6 +191,7 @@ def test_a_workdir_of_another_model(runs, file, capsys):
     ("--config.optim.name=muon", "optim.name='adamw', in this config it is 'muon'"),
     ("--config.data.tokenizer=char", "data.tokenizer='bpe', in this config it is 'char'"),
     ("--config.model.fusion.kind=prefix_lm", "model.fusion.kind='concat', in this config it is 'prefix_lm'"),
+    ("--config.eval.best=questions/loss", "eval.best='questions/accuracy'"),
     ("--config.seed=1", "seed=0, in this config it is 1"),
 ])  # fmt: skip
 def test_a_workdir_of_another_run(argument, message, runs, file, capsys):
@@ -236,3 +240,12 @@ def test_a_batch_that_the_devices_cannot_share(file, tmp_path):
     assert result.returncode == 2, result.stderr
     assert "config.batch=6 is not divisible by the mesh's data x fsdp = 4" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_line_an_epoch():
+    """Means since the last line; an epoch that ends between two evaluations shows the last one, and says so."""
+    since, results = [(2.0, 0.5), (1.0, 1.0)], {"questions/loss": 0.25, "questions/accuracy/what": 0.5}
+    said = "epoch 3 step 20  loss 1.5000  token accuracy 0.7500"
+    assert train._line(20, 3, since, results, 20) == f"{said}  | validation questions/loss 0.2500"
+    assert train._line(20, 3, since, results, 10) == f"{said}  | validation of step 10 questions/loss 0.2500"
+    assert train._line(20, 3, since, {}, 0) == said

@@ -44,6 +44,8 @@ class Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise config.InputError(f"{path} is missing: the run's tokenizer belongs beside its config.json")
     return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
 
 

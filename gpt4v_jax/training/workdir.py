@@ -22,7 +22,8 @@ from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import checkpoint
 from gpt4v_jax.training import step as step_lib
 
-MAY_CHANGE = r"steps|log_every|save_every|mesh\..*|eval\..*|data\.(dir|cache|threads)"  # when a run goes on
+# What may differ when a run goes on. Not what is best: checkpoints that are there were kept by it.
+MAY_CHANGE = r"steps|log_every|save_every|mesh\..*|eval\.(every|batch|limit|evaluators)|data\.(dir|cache|threads)"
 
 
 @dataclasses.dataclass(frozen=True)
