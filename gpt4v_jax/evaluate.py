@@ -53,7 +53,8 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
 def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
     """One row a kind, one column an evaluator: share right with its 95 % interval; and the loss."""
     style = {"title_justify": "left", "box": rich.box.SIMPLE_HEAD, "padding": (0, 0, 0, 1)}
-    out = rich.table.Table("kind", title=f"{split} split", **style)
+    out = rich.table.Table(title=f"{split} split", **style)
+    out.add_column("kind", no_wrap=True)
     for name in ("asked", *by_name):
         out.add_column(name, justify="right", no_wrap=True)
     first = next(iter(by_name.values()))  # all evaluators of a split ask the same questions

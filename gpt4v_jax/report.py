@@ -285,8 +285,9 @@ def table(results: dict[str, dict[str, Found]]) -> rich.table.Table:
     splits = [split for split in results if "questions" in results[split]]
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
     title = f"{splits[0]} split: share of questions right, the model's with its 95 % interval"
-    out = rich.table.Table("kind", title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title_justify="left")
-    for name in ("asked", *(EVALUATORS[name] for name in names)):
+    out = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title_justify="left")
+    out.add_column("kind", no_wrap=True)
+    for name in ("asked", *(EVALUATORS[name].replace(" ", "\n") for name in names)):
         out.add_column(name, justify="right", no_wrap=True)
     kinds = sorted(results[splits[0]]["questions"].result.kinds)
     rows = [(splits[0], kind, kind) for kind in (*kinds, "all")] + [(split, "all", split) for split in splits[1:]]

@@ -199,10 +199,11 @@ def test_what_is_missing_is_said(removed, named, folder, page, tmp_path):  # noq
     assert all(title in part.words for title in SECTIONS)
 
 
-def test_the_terminal(folder, page, capsys, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_terminal(beside, folder, page, blank, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(report, "report", lambda folder, blank: folder / "report.html")
     monkeypatch.setattr(report, "_WORKDIR", type("Flag", (), {"value": str(folder)}))
-    monkeypatch.setattr(report, "_BLANK", type("Flag", (), {"value": None}))
+    monkeypatch.setattr(report, "_BLANK", type("Flag", (), {"value": str(blank) if beside else None}))
     report.main()
     out = capsys.readouterr().out
     for kind in KINDS:
@@ -211,6 +212,7 @@ def test_the_terminal(folder, page, capsys, monkeypatch):  # noqa: F811
     for label, split in (("all", "test"), ("compositional", "compositional")):
         right = evaluated(folder)[split]["questions"].right
         assert re.search(rf"^ *{label} +{len(right)} +{np.mean(right):.3f} ", out, flags=re.MULTILINE), out
+    assert ("blank" in out) == beside
     assert "tokens/s" in out and str(folder / "report.html") in out
     assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 80
 
