@@ -10,22 +10,21 @@ from gpt4v_jax.eval import common
 
 def accuracy(subject: common.Subject) -> common.Result:
     """Share of questions whose greedy answer is exactly the true one; `loss` is nats an answer token."""
-    return _ask(subject, _questions(subject))
+    return _ask(subject, sources.Questions(subject.source))
 
 
 def permuted(subject: common.Subject) -> common.Result:
     """The same, each question asked of another scene's picture: what the model knows without its own."""
-    _questions(subject)
     count = len(subject.source.turns)
     order = np.random.default_rng(0).permutation(count)
     other = np.empty(count, int)
     other[order] = np.roll(order, 1)  # one cycle through all: no picture stays in its place
-    return _ask(subject, _questions(subject, lambda record: int(other[record])))
+    return _ask(subject, sources.Questions(subject.source, lambda record: int(other[record])))
 
 
 def counted(subject: common.Subject) -> common.Result:
     """No model: the answer that the training split gives most often to these words, else to this kind."""
-    items = _questions(subject).items
+    items = sources.Questions(subject.source).items
     words, kinds = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
     training = sources.open_split(subject.run.data, "train")
     for i in range(sources.limit(subject.run.data, len(training))):
@@ -37,10 +36,6 @@ def counted(subject: common.Subject) -> common.Result:
         seen = words.get(turn.question) or kinds[turn.kind]
         right.append(max(sorted(seen), key=seen.get) == turn.answer)
     return _by_kind(items, np.array(right), {})
-
-
-def _questions(subject: common.Subject, picture_of=lambda record: record) -> sources.Questions:
-    return sources.Questions(subject.source, picture_of)
 
 
 def _ask(subject: common.Subject, questions: sources.Questions) -> common.Result:
