@@ -87,7 +87,7 @@ def our_config(case: Case):
     from gpt4v_jax import config
 
     backbone = config.Backbone(
-        depth=case.depth, width=case.width, heads=case.heads, norm="layer", norm_eps=1e-5, bias=True,
+        depth=case.depth, width=case.width, heads=case.heads, norm="layer", norm_eps=1e-5, bias=config.BIASES,
         activation={"tanh": "gelu_tanh", "exact": "gelu"}[case.gelu],
     )  # fmt: skip
     model = config.Model(vocab=case.vocab, context=case.context, position="learned", backbone=backbone)

@@ -32,7 +32,8 @@ class Layout:
     size: int  # pictures are size x size pixels; 0: none are read
     patch: int
     items: int
-    prefix: str  # none | media: a picture is one block | media+prompt: picture and prompt are one block
+    prefix: str  # none | media: a picture is one block | media+prompt: with the prompt | all: a document is one block
+    source: bool = False  # a separate encoder reads Batch.source, of `context` positions, too
 
     @property
     def grid(self) -> int:
@@ -51,7 +52,7 @@ class Layout:
     @property
     def reach(self) -> int:
         """How many positions ahead of itself a query may see at most; keys beyond it need not be computed."""
-        if self.prefix == "media+prompt":
+        if self.prefix in ("media+prompt", "all"):
             return self.context - 1
         return max(self.grid**2 - 1, 0) if self.prefix == "media" else 0
 
@@ -61,13 +62,15 @@ PREFIX = {"concat": "media", "prefix_lm": "media+prompt"}  # Fusion.kind -> Layo
 
 def layout(model: config.Model, data: config.Data) -> Layout:
     config.one_of("model.fusion.kind", model.fusion.kind, tuple(PREFIX))
+    prefix = PREFIX[model.fusion.kind] if model.image.size else "none"
     return Layout(
         vocab=model.vocab,
         context=model.context,
         size=model.image.size,
         patch=model.image.patch,
         items=data.media if model.image.size else 0,
-        prefix=PREFIX[model.fusion.kind] if model.image.size else "none",
+        prefix=prefix if model.causal else "all",
+        source=model.source is not None,
     )
 
 
@@ -82,6 +85,15 @@ class Media:
 
 
 @flax.struct.dataclass
+class Source:
+    """A second stream of S positions, which a separate encoder reads; a row's documents are those of its stream."""
+
+    tokens: Array  # [B,S] int32
+    position: Array  # [B,S,1] int32
+    document: Array  # [B,S] int32
+
+
+@flax.struct.dataclass
 class Batch:
     """One step's data; a flat pytree of fixed shapes."""
 
@@ -93,6 +105,8 @@ class Batch:
     target: Array  # [B,T] int32: what this position must output (already shifted for next-token prediction)
     weight: Array  # [B,T] float32: loss weight of `target`
     image: Media | None = None
+    source: Source | None = None
+    token_type: Array | None = None  # [B,T] int32: row of the table of token types; None: 0 everywhere
 
 
 @flax.struct.dataclass
@@ -124,6 +138,7 @@ def empty(layout: Layout, rows: int) -> Batch:
             item=np.zeros((rows, M), np.int32),
             at=np.full((rows, N), -1, np.int32),
         )
+    zeros = np.zeros((rows, T), np.int32)
     return Batch(
         tokens=np.zeros((rows, T), np.int32),
         slot=np.full((rows, T), -1, np.int32),
@@ -133,4 +148,5 @@ def empty(layout: Layout, rows: int) -> Batch:
         target=np.zeros((rows, T), np.int32),
         weight=np.zeros((rows, T), np.float32),
         image=image,
+        source=Source(zeros, zeros[..., None], zeros) if layout.source else None,
     )

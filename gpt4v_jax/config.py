@@ -38,9 +38,34 @@ def at_least(low: int, **values: float) -> None:
             raise InputError(f"{name}={value} must be {low} or more")
 
 
+BIASES = ("qkv", "out", "mlp")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu", "geglu")  # the last two have a gate
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies changed for contexts longer than those of the first training; model.attention has formulas."""
+
+    kind: str = "none"  # none | linear (Chen et al. 2023) | llama3 (Llama 3.1) | yarn (Peng et al. 2023)
+    factor: float = 1.0
+    original: int = 0  # llama3, yarn: the context of the first training
+    low: float = 1.0  # llama3: turns in `original` below which a frequency is divided by the whole factor
+    high: float = 4.0  # llama3: turns above which it stays
+    beta_fast: float = 32.0  # yarn: turns above which a frequency stays
+    beta_slow: float = 1.0  # yarn: turns below which it is divided by the whole factor
+    attention: float = 0.0  # yarn: factor of sin and cos; 0: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the bounds are whole dimensions
+
+    def __post_init__(self):
+        one_of("kind", self.kind, ("none", "linear", "llama3", "yarn"))
+        at_least(1, factor=self.factor)
+        if self.kind in ("llama3", "yarn"):
+            at_least(1, original=self.original)
+
+
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A stack of transformer blocks; the text model's and, in `Image.encoder`, an image encoder's."""
+    """A stack of transformer blocks; the text model's, an image encoder's (`Image.encoder`) and `Model.source`."""
 
     depth: int = 4
     width: int = 128
@@ -48,24 +73,48 @@ class Backbone:
     kv_heads: int = 0  # 0: as many as heads; fewer: grouped-query attention (Ainslie et al. 2023)
     head_dim: int = 0  # 0: width / heads
     hidden: int = 0  # 0: 4 x width
-    norm: str = "rms"  # rms | layer
+    pattern: tuple[str, ...] = ("global",)  # kinds of the blocks, repeated over the depth: global | local | cross
+    window: int = 0  # positions that a local block sees, its own included (Beltagy et al. 2020)
+    norm: str = "rms"  # rms | rms_plus_one: its scale is 1 + w | layer
     norm_eps: float = 1e-6
-    activation: str = "gelu_tanh"  # gelu | gelu_tanh | swiglu
-    bias: bool = False
+    norm_place: str = "pre"  # pre | post: after the residual sum (Vaswani et al. 2017) | sandwich: pre, and on branches
+    activation: str = "gelu_tanh"  # one of ACTIVATIONS
+    bias: tuple[str, ...] = ()  # which matrices have one, of BIASES
     qk_norm: bool = False  # RMSNorm on q and k, a head at a time (Henry et al. 2020)
+    attention_scale: float = 0.0  # of q k; 0: head_dim^-1/2
+    attention_cap: float = 0.0  # scores become cap tanh(score / cap) (Gemma 2); 0: no cap
     rope_theta: float = 10_000.0  # used where Model.position is "rope"
-    dropout: float = 0.0  # on the embedded stream and on both residual branches
+    rope_scaling: RopeScaling = RopeScaling()
+    local_theta: float = 0.0  # of local blocks, which are not scaled; 0: theta and scaling of the others
+    buckets: int = 0  # relative position biases of T5 (Raffel et al. 2020), shared by all blocks; 0: none
+    bucket_distance: int = 128  # from where on all positions share the last bucket
+    layer_scale: float = 0.0  # start value of a learned scale of both branches (Touvron et al. 2021); 0: none
+    dropout: float = 0.0  # on the embedded stream and on the residual branches
 
     def __post_init__(self):
         at_least(1, depth=self.depth, width=self.width, heads=self.heads)
-        at_least(0, kv_heads=self.kv_heads, head_dim=self.head_dim, hidden=self.hidden)
+        at_least(0, kv_heads=self.kv_heads, head_dim=self.head_dim, hidden=self.hidden, window=self.window,
+                 attention_scale=self.attention_scale, attention_cap=self.attention_cap, local_theta=self.local_theta,
+                 buckets=self.buckets, layer_scale=self.layer_scale)  # fmt: skip
         for name, default in (("kv_heads", self.heads), ("head_dim", self.width // self.heads),
                               ("hidden", 4 * self.width)):
             object.__setattr__(self, name, getattr(self, name) or default)
         if self.heads % self.kv_heads:
             raise InputError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: choose a divisor")
-        one_of("norm", self.norm, ("rms", "layer"))
-        one_of("activation", self.activation, ("gelu", "gelu_tanh", "swiglu"))
+        one_of("norm", self.norm, ("rms", "rms_plus_one", "layer"))
+        one_of("norm_place", self.norm_place, ("pre", "post", "sandwich"))
+        one_of("activation", self.activation, ACTIVATIONS)
+        for part in self.bias:
+            one_of("bias", part, BIASES)
+        for kind in self.pattern:
+            one_of("pattern", kind, ("global", "local", "cross"))
+        if not self.pattern or "local" in self.pattern and not self.window:
+            raise InputError(f"pattern={self.pattern} with window={self.window}: name kinds, and for local set a window")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every block."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +123,18 @@ class Image:
 
     size: int = 0  # pictures are resized to size x size pixels
     patch: int = 16  # a patch is patch x patch x 3 values
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue in [0, 1]: x becomes (x - mean) / std
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to (Kumar et al. 2023)
+    patch_bias: bool = True
     position: str = "learned"  # learned | none: added to the patches, beside the backbone's own positions
-    classes: int = 0  # ViT classifiers only: outputs of the head
+    class_token: bool = False  # a learned vector before the patches, with a position of its own
+    mask_token: bool = False  # a learned vector for hidden patches (DINOv2); kept, not used yet
+    pre_norm: bool = False  # LayerNorm before the encoder (CLIP)
     encoder: Backbone | None = None  # None: encoder-free, patches go straight into the stream
+    pool: str = "none"  # of an ImageTower: none | class: the class token | map: attention by a learned query (SigLIP)
+    classes: int = 0  # of an ImageTower: outputs of its head; 0: no head
+    head_bias: bool = True
 
     @property
     def grid(self) -> int:
@@ -86,10 +143,18 @@ class Image:
 
     def __post_init__(self):
         one_of("position", self.position, ("learned", "none"))
+        one_of("pool", self.pool, ("none", "class", "map"))
         at_least(0, size=self.size)
         at_least(1, patch=self.patch)
         if self.size % self.patch:
             raise InputError(f"image.size={self.size} is not a multiple of image.patch={self.patch}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or name == "std" and min(values) <= 0:
+                raise InputError(f"image.{name}={values} must be three numbers{', each above 0' * (name == 'std')}")
+        if (self.class_token or self.pre_norm) and not self.encoder:
+            raise InputError("image.class_token and image.pre_norm are an encoder's: set image.encoder")
+        if self.pool == "class" and not self.class_token:
+            raise InputError("image.pool='class' needs image.class_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +166,47 @@ class Fusion:
 class Model:
     vocab: int = 0  # 0: taken from the tokenizer
     context: int = 256  # positions in a row of the stream, T
-    position: str = "rope"  # rope | learned
-    tied: bool = True  # the head is the embedding table
-    init_std: float = 0.02  # of the embedding tables and the head; other matrices start at 1 / sqrt(fan-in)
+    causal: bool = True  # False: every position of a document sees all of it (BERT)
+    position: str = "rope"  # rope | learned: a table of absolute positions | none
+    position_offset: int = 0  # the table's first rows, which no position reads (BART has 2)
+    token_types: int = 0  # rows of the table for Batch.token_type (BERT has 2); 0: none
+    embed_scale: float = 1.0  # of token embeddings (Gemma: sqrt(width))
     embed_norm: bool = False  # norm of the fused stream: every modality enters the blocks at one scale
+    tied: bool = True  # the head is the embedding table
+    head_hidden: str = ""  # activation of a dense layer and a norm before the head (BERT); "": none
+    head_bias: bool = False
+    logit_scale: float = 1.0  # of the hidden states before the head (tied T5: width^-1/2)
+    logit_cap: float = 0.0  # logits become cap tanh(logit / cap) (Gemma 2); 0: no cap
+    init_std: float = 0.02  # of the embedding tables and the head; other matrices start at 1 / sqrt(fan-in)
     backbone: Backbone = Backbone()
+    source: Backbone | None = None  # the encoder of Batch.source, which `cross` blocks of the backbone read
     image: Image = Image()
     fusion: Fusion = Fusion()
 
     def __post_init__(self):
-        one_of("position", self.position, ("rope", "learned"))
+        one_of("position", self.position, ("rope", "learned", "none"))
+        if self.head_hidden:
+            one_of("head_hidden", self.head_hidden, ACTIVATIONS)
         at_least(1, context=self.context)
-        if self.position == "rope" and self.backbone.head_dim % 2:
-            raise InputError(f"backbone.head_dim={self.backbone.head_dim} must be even, for rope turns pairs")
+        at_least(0, position_offset=self.position_offset, token_types=self.token_types, logit_cap=self.logit_cap)
+        for stack in (self.backbone, self.source):
+            if stack and self.position == "rope" and stack.head_dim % 2:
+                raise InputError(f"backbone.head_dim={stack.head_dim} must be even, for rope turns pairs")
+        if ("cross" in self.backbone.kinds) != (self.source is not None):
+            raise InputError(f"backbone.pattern={self.backbone.pattern}: cross blocks and model.source need each other")
+        if self.source and (self.source.width != self.backbone.width or "cross" in self.source.kinds):
+            raise InputError(f"model.source needs width {self.backbone.width} as the backbone, and no cross blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+    """An image and a text encoder into one space (CLIP, Radford et al. 2021; SigLIP, Zhai et al. 2023)."""
+
+    image: Image = Image()
+    text: Model = Model()
+    width: int = 512  # of the space
+    text_bias: bool = False  # of the text tower's projection
+    logit_bias: bool = False  # SigLIP
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,25 +29,29 @@ AXES = {  # dimension -> mesh axis; what is not here is replicated
 # its gather makes XLA replicate it at every step.
 PARAMS = (
     (r"text/embed/table$", (None, "width")),
-    (r"text/position/table$", (None, "width")),
+    (r"text/(source_position|position|token_type)/table$", (None, "width")),
     (r"image/embed/kernel$", ("patch", "width")),
     (r"image/position/table$", (None, "width")),
-    (r"class_token/table$", (None, "width")),
+    (r"relative/table$", (None, "heads")),
     (r"image/connector/kernel$", (None, "width")),
-    (r"attention/query/kernel$", ("width", "heads", None)),
-    (r"attention/(key|value)/kernel$", ("width", "kv_heads", None)),
-    (r"attention/out/kernel$", ("heads", None, "width")),
-    (r"attention/query/bias$", ("heads", None)),
-    (r"attention/(key|value)/bias$", ("kv_heads", None)),
-    (r"attention/(query|key)_norm/scale$", (None,)),
+    (r"(attention|cross)/query/kernel$", ("width", "heads", None)),
+    (r"(attention|cross)/(key|value)/kernel$", ("width", "kv_heads", None)),
+    (r"(attention|cross)/out/kernel$", ("heads", None, "width")),
+    (r"(attention|cross)/query/bias$", ("heads", None)),
+    (r"(attention|cross)/(key|value)/bias$", ("kv_heads", None)),
+    (r"(attention|cross)/(query|key)_norm/scale$", (None,)),
     (r"mlp/(up|gate)/kernel$", ("width", "hidden")),
     (r"mlp/down/kernel$", ("hidden", "width")),
     (r"mlp/(up|gate)/bias$", ("hidden",)),
     (r"(out|down|embed|connector)/bias$", ("width",)),
     (r"patch_norm/(scale|bias)$", ("patch",)),
     (r"norm/(scale|bias)$", ("width",)),
+    (r"(_scale|class_token|mask_token|probe)/value$", ("width",)),
+    (r"head_hidden/kernel$", (None, "width")),
+    (r"head_hidden/bias$", ("width",)),
     (r"head/kernel$", ("width", "vocab_out")),
     (r"head/bias$", ("vocab_out",)),
+    (r"head_bias/value$", ("vocab_out",)),
     (r"opt_state/.*/ns_coeffs$", (None,)),  # constants that optax keeps in Muon's state
 )
 
@@ -99,27 +103,27 @@ def param_dims(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     raise ValueError(f"{path} with shape {shape} matches no row of sharding.PARAMS: add one")
 
 
+def param_sharding(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Where a parameter lies; scalars are replicated. Raises InputError where a dimension does not divide."""
+    if not shape:
+        return NamedSharding(mesh, P())
+    dims = param_dims(path, shape)
+    for dim, size in zip(dims, shape, strict=True):
+        ways = mesh.shape[AXES[dim]] if dim in AXES else 1
+        if size % ways:
+            raise config.InputError(
+                f"{path} {shape}: its dimension {dim} = {size} is not divisible by the mesh's "
+                f"{AXES[dim]} = {ways}: change config.mesh or the model's size"
+            )
+    return NamedSharding(mesh, P(*(AXES.get(dim) for dim in dims)))
+
+
 def params_sharding(tree, mesh: jax.sharding.Mesh):
     """A tree of parameters, optimizer state or shapes -> the same tree of NamedShardings.
 
-    A leaf of the optimizer's state is found by the end of its path, which is the parameter's. Scalars are replicated.
+    A leaf of the optimizer's state is found by the end of its path, which is the parameter's.
     """
-
-    def one(path, leaf):
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, P())
-        name = path_name(path)
-        dims = param_dims(name, leaf.shape)
-        for dim, size in zip(dims, leaf.shape, strict=True):
-            ways = mesh.shape[AXES[dim]] if dim in AXES else 1
-            if size % ways:
-                raise config.InputError(
-                    f"{name} {leaf.shape}: its dimension {dim} = {size} is not divisible by the mesh's "
-                    f"{AXES[dim]} = {ways}: change config.mesh or the model's size"
-                )
-        return NamedSharding(mesh, P(*(AXES.get(dim) for dim in dims)))
-
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(lambda path, x: param_sharding(path_name(path), x.shape, mesh), tree)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 
 from gpt4v_jax import config, sharding
 from gpt4v_jax.model import presets
-from gpt4v_jax.model.image import ImageClassifier
+from gpt4v_jax.model.image import ImageTower
 from gpt4v_jax.training import optim
 from gpt4v_jax.training import step as step_lib
 from tests import tiny
@@ -17,8 +17,8 @@ EIGHT = [object() for _ in range(8)]  # stand-ins: shapes are checked before dev
 
 
 @pytest.mark.parametrize("changes", [
-    {"tied": True}, {"tied": False, "norm": "layer", "bias": True, "position": "learned"},
-    {"encoder": True, "norm": "layer", "bias": True}, {"qk_norm": True, "activation": "swiglu", "kv_heads": 1},
+    {"tied": True}, {"tied": False, "norm": "layer", "bias": config.BIASES, "position": "learned"},
+    {"encoder": True, "norm": "layer", "bias": config.BIASES}, {"qk_norm": True, "activation": "swiglu", "kv_heads": 1},
 ], ids=lambda changes: "-".join(changes))  # fmt: skip
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_has_a_row(changes, optimizer):
@@ -42,7 +42,7 @@ def test_every_parameter_has_a_row(changes, optimizer):
 
 
 def test_every_parameter_of_a_classifier_has_a_row():
-    vit = ImageClassifier(config.parse(presets.IMAGES["vit-ti/16"] | {"size": 32}, config.Image))
+    vit = ImageTower(config.parse(presets.IMAGES["vit-ti/16"] | {"size": 32}, config.Image))
     shapes = jax.eval_shape(vit.init, jax.random.key(0), np.zeros((1, 4, 768), np.uint8), np.zeros((1, 4, 3), np.int32))
     sharding.params_sharding(shapes["params"], sharding.make_mesh(config.Mesh()))
 

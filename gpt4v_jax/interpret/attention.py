@@ -27,12 +27,16 @@ def over_picture(trained: Trained, document: chat.Document, picture: np.ndarray,
     out = _captured(model, trained.params, batch)
     step = np.cumsum(batch.ar, axis=1)
     one = slice(query, query + 1)
-    mask = attention.visible(attention.Sight(batch.document[:, one], step[:, one], batch.document, step))
+    index = np.cumsum(batch.document > 0, axis=1)
+    sight = attention.Sight(
+        batch.document[:, one], step[:, one], batch.document, step, index[:, one], index
+    )
     first, c = document.pictures[0][0], trained.run.model.backbone
     maps = []
-    for i in range(c.depth):
+    for i, kind in enumerate(c.kinds):
+        mask = attention.visible(sight, c.window if kind == "local" else 0)
         q, k = out[f"block_{i}/query"][:, one], out[f"block_{i}/key"]
         q = q.reshape(1, 1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-        w = np.asarray(attention.weights(q, k, mask))[0].mean((0, 1))[0]
+        w = np.asarray(attention.weights(q, k, mask, c.attention_scale or None, c.attention_cap))[0].mean((0, 1))[0]
         maps.append(w[first : first + layout.grid**2].reshape(layout.grid, layout.grid))
     return np.stack(maps)

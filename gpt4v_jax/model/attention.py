@@ -1,13 +1,15 @@
-"""Pure functions of attention: the mask law, rotary positions, attention itself, and the cache as a value.
+"""Pure functions of attention: the mask law, positions, attention itself, and the cache as a value.
 
 The alphabet is layers.py's. Attention: softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017, eq. 1).
 """
 
+import math
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
@@ -28,96 +30,173 @@ class Cache:
     v: tuple[jax.Array, ...]
     document: jax.Array  # [B,S] int32
     step: jax.Array  # [B,S] int32
+    index: jax.Array  # [B,S] int32
     cursor: jax.Array  # [] int32: slots used
     next_position: jax.Array  # [B,1] int32
     last_step: jax.Array  # [B] int32
+    last_index: jax.Array  # [B] int32
+    memory: tuple[tuple[jax.Array, jax.Array], ...] = ()  # k, v [B,S,K,H] of what each cross block reads
+    memory_document: jax.Array | None = None  # [B,S] int32
 
 
 def empty_cache(model: config.Backbone, rows: int, slots: int) -> Cache:
     kv = tuple(jnp.zeros((rows, slots, model.kv_heads, model.head_dim)) for _ in range(model.depth))
-    zeros = jnp.zeros((rows, slots), jnp.int32)
-    return Cache(kv, kv, zeros, zeros, jnp.int32(0), jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows, jnp.int32))
+    zeros, row = jnp.zeros((rows, slots), jnp.int32), jnp.zeros(rows, jnp.int32)
+    return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), row[:, None], row, row)
 
 
-def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, Cache]:
-    """Enters a batch's positions: -> (its steps [B,T], the cache with document, step and cursor moved on).
+def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, Cache]:
+    """Enters a batch's positions: -> (its steps [B,T], its indices [B,T], the cache with all but k and v moved on).
 
     k and v of these positions are written by the layers, at the cursor as it was.
     """
-    step = cache.last_step[:, None] + jnp.cumsum(batch.ar, axis=1)
     real = batch.document > 0
+    step = cache.last_step[:, None] + jnp.cumsum(batch.ar, axis=1)
+    index = cache.last_index[:, None] + jnp.cumsum(real, axis=1)
     last = jnp.max(jnp.where(real, step, cache.last_step[:, None]), axis=1)
     seen = jnp.max(jnp.where(real[..., None], batch.position + 1, cache.next_position[:, None]), axis=1)
     at = (0, cache.cursor)
-    return step, cache.replace(
+    return step, index, cache.replace(
         document=jax.lax.dynamic_update_slice(cache.document, batch.document, at),
         step=jax.lax.dynamic_update_slice(cache.step, step, at),
+        index=jax.lax.dynamic_update_slice(cache.index, index, at),
         cursor=cache.cursor + batch.tokens.shape[1],
         next_position=seen,
         last_step=last,
+        last_index=index[:, -1],
     )
 
 
 @flax.struct.dataclass
 class Sight:
-    """Everything that attention needs to know besides q, k, v: who the queries are, who the keys are."""
+    """Everything that attention needs to know besides q, k, v: who the queries are, who the keys are.
+
+    `index` is the running number of a row's real positions, by which windows and relative positions go: slots of a
+    cache have holes, and positions of pictures may repeat.
+    """
 
     q_document: jax.Array  # [B,T]
     q_step: jax.Array  # [B,T]
     k_document: jax.Array  # [B,S]
     k_step: jax.Array  # [B,S]
+    q_index: Any = None  # [B,T]; None where blocks have neither window nor relative positions
+    k_index: Any = None  # [B,S]
     reach: int = flax.struct.field(pytree_node=False, default=0)
     cursor: Any = None  # with a cache: where this batch's k and v go
 
 
-def visible(sight: Sight) -> jax.Array:
-    """The mask law -> [B,T,S] bool."""
+def within(document, step, reach: int) -> Sight:
+    """The sight of a whole stream [B,T] on itself. reach: how many positions ahead a query may see at most."""
+    index = jnp.cumsum(document > 0, axis=1)
+    return Sight(document, step, document, step, index, index, reach=reach)
+
+
+def bidirectional(document) -> Sight:
+    """Every position of a document, or of an item, sees all of it."""
+    return within(document, jnp.zeros_like(document), reach=document.shape[1])
+
+
+def distance(sight: Sight) -> jax.Array:
+    """-> [B,T,S] int32: how far a key lies behind its query."""
+    return sight.q_index[:, :, None] - sight.k_index[:, None, :]
+
+
+def visible(sight: Sight, window: int = 0) -> jax.Array:
+    """The mask law -> [B,T,S] bool. window: a query sees only the keys less than so many positions away; 0: all."""
     same = sight.q_document[:, :, None] == sight.k_document[:, None, :]
     past = sight.k_step[:, None, :] <= sight.q_step[:, :, None]
-    return same & past & (sight.q_document > 0)[:, :, None]
+    near = jnp.abs(distance(sight)) < window if window else True
+    return same & past & (sight.q_document > 0)[:, :, None] & near
 
 
-def rope(x_BTNH, position_BT, theta: float):
+def bucket(behind, buckets: int, longest: int, both_ways: bool):
+    """T5's bucket of a distance (Raffel et al. 2020, sec. 2.1): int32 of any shape -> the same shape, in [0, buckets).
+
+    One bucket each for small distances, then logarithmically wider ones up to `longest`; both_ways: the upper half of
+    the buckets is for keys ahead of the query, else those count as distance 0.
+    """
+    half = buckets // 2 if both_ways else buckets
+    exact = half // 2
+    far = np.arange(exact, longest + 1, dtype=np.float32)  # a table, so that no two logarithms round differently
+    wide = exact + (np.log(far / exact) / math.log(longest / exact) * (half - exact)).astype(np.int32)
+    table = jnp.asarray(np.minimum(np.concatenate([np.arange(exact), wide]), half - 1), jnp.int32)
+    if both_ways:
+        return table[jnp.minimum(jnp.abs(behind), longest)] + jnp.where(behind < 0, half, 0)
+    return table[jnp.clip(behind, 0, longest)]
+
+
+def frequencies(head_dim: int, theta: float, scaling: config.RopeScaling) -> tuple[np.ndarray, float]:
+    """-> (radians a position of each pair of dimensions [H/2] float32, the factor of sin and cos)."""
+    f = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    if scaling.kind == "linear":
+        f = f / scaling.factor
+    if scaling.kind == "llama3":  # by how often a frequency turns within the first training's context
+        turns = scaling.original * f / (2 * np.pi)
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        f = (1 - kept) * f / scaling.factor + kept * f
+    if scaling.kind != "yarn":
+        return f.astype(np.float32), 1.0
+    bounds = [
+        head_dim * math.log(scaling.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]  # the dimensions that turn so often
+    if scaling.truncate:
+        bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+    low, high = max(bounds[0], 0), min(bounds[1], head_dim - 1)
+    kept = 1 - np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    f = (1 - kept) * f / scaling.factor + kept * f
+    return f.astype(np.float32), scaling.attention or 0.1 * math.log(scaling.factor) + 1
+
+
+def rope(x_BTNH, position_BT, theta: float, scaling: config.RopeScaling = config.RopeScaling()):  # noqa: B008, frozen
     """Rotary position embedding (Su et al. 2021), halves convention: dimension i turns with dimension i + H/2."""
     half = x_BTNH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency, factor = frequencies(x_BTNH.shape[-1], theta, scaling)
     angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    sin, cos = jnp.sin(angle) * factor, jnp.cos(angle) * factor
     a, b = x_BTNH[..., :half].astype(jnp.float32), x_BTNH[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def weights(q_BTKGH, k_BSKH, mask_BTS, scale: float | None = None):
+def scores(q_BTKGH, k_BSKH, mask_BTS, scale=None, cap: float = 0.0, bias_BNTS=None):
+    """-> [B,K,G,T,S] float32: cap tanh(scale q k / cap) + bias, and MASKED added where the mask is False."""
+    B, T, K, G, H = q_BTKGH.shape
+    scale = H**-0.5 if scale is None else scale
+    x = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32)
+    if cap:
+        x = jnp.tanh(x / cap) * cap
+    if bias_BNTS is not None:
+        x += bias_BNTS.reshape(-1, K, G, *bias_BNTS.shape[2:])
+    # An additive mask keeps the softmax one fused loop. It is uniform over a row that sees nothing: callers zero that.
+    return x + jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
+
+
+def weights(q_BTKGH, k_BSKH, mask_BTS, scale=None, cap: float = 0.0, bias_BNTS=None):
     """-> attention weights [B,K,G,T,S] in float32; a row without a visible key is exactly 0."""
-    scale = q_BTKGH.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32)
-    scores += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
-    # An additive mask keeps the softmax one fused loop. It is uniform over a row that sees nothing: zero it.
-    return jax.nn.softmax(scores, axis=-1) * mask_BTS.any(-1)[:, None, None, :, None]
+    x = scores(q_BTKGH, k_BSKH, mask_BTS, scale, cap, bias_BNTS)
+    return jax.nn.softmax(x, axis=-1) * mask_BTS.any(-1)[:, None, None, :, None]
 
 
-def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS):
+def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
     """weights(...) @ v -> [B,T,K,G,H]. The sum of exponentials divides the result, H wide, not the weights, S wide.
 
     That saves passes over the scores, forward and backward.
     """
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH * q_BTKGH.shape[-1] ** -0.5, k_BSKH, preferred_element_type=jnp.float32
-    )
-    scores += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
+    x = scores(q_BTKGH, k_BSKH, mask_BTS, scale, cap, bias_BNTS)
     # The largest score cancels: it needs no gradient.
-    powers = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    powers = jnp.exp(x - jax.lax.stop_gradient(x.max(-1, keepdims=True)))
     total_BTKG = powers.sum(-1).transpose(0, 3, 1, 2)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", powers.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
     out *= (mask_BTS.any(-1)[:, :, None, None] / total_BTKG)[..., None]
     return out.astype(v_BSKH.dtype)
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight):
+def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, window: int = 0, bias=None):
     """-> [B,T,N,H]. N / K query heads share a kv-head.
 
-    Without a cache the queries go in chunks that meet only the keys up to their end plus `sight.reach`, so that the
-    causal half is never computed and no T x S array is made.
+    Without a cache the queries go in chunks that meet only the keys from `window` before their start up to their end
+    plus `sight.reach`, so that the causal half is never computed and no T x S array is made.
+    scale, cap: those of `scores`. bias: distance [B,T,S] -> what is added to the scores [B,N,T,S].
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BSKH.shape[2], k_BSKH.shape[1]
@@ -125,8 +204,14 @@ def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight):
     chunk = CHUNK if sight.cursor is None else T
     out = []
     for start in range(0, T, chunk):
-        rows = slice(start, min(start + chunk, T))
-        keys = slice(0, min(rows.stop + sight.reach, S) if sight.cursor is None else S)
-        part = Sight(sight.q_document[:, rows], sight.q_step[:, rows], sight.k_document[:, keys], sight.k_step[:, keys])
-        out.append(_attend(q_BTKGH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], visible(part)))
+        rows, keys = slice(start, min(start + chunk, T)), slice(0, S)
+        if sight.cursor is None:
+            keys = slice(max(start - window + 1, 0) if window else 0, min(rows.stop + sight.reach, S))
+        part = Sight(
+            sight.q_document[:, rows], sight.q_step[:, rows], sight.k_document[:, keys], sight.k_step[:, keys],
+            *(None if x is None else x[:, at] for x, at in ((sight.q_index, rows), (sight.k_index, keys))),
+        )  # fmt: skip
+        bias_BNTS = None if bias is None else bias(distance(part))
+        mask = visible(part, window)
+        out.append(_attend(q_BTKGH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], mask, scale, cap, bias_BNTS))
     return (jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]).reshape(B, T, N, H)

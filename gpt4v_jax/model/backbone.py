@@ -1,78 +1,140 @@
-"""The stack of transformer blocks. It knows streams; it does not know what a picture is."""
+"""The stack of transformer blocks. It knows streams and memory; it does not know what a picture is."""
+
+import functools
 
 import flax.linen as nn
 import jax
 
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
-from gpt4v_jax.model.layers import MLP, Linear, Norm, dropout
+from gpt4v_jax.model.layers import MLP, Linear, Norm, Table, Vector, dropout
 from gpt4v_jax.sharding import shard
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (grouped-query where kv_heads < heads): [B,T,D] -> [B,T,D]."""
+    """Multi-head attention (grouped-query where kv_heads < heads) of x [B,T,D] over itself, or over a memory.
+
+    `window`, `rope`: of this block; rope is None where queries and keys have no rotary positions.
+    """
 
     config: config.Backbone
-    rotary: bool
     out_gain: float
+    window: int = 0
+    rope: tuple[float, config.RopeScaling] | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, position_BT, sight: attention.Sight, kv=None, capture=False):
+    def __call__(self, x_BTD, position_BT, sight: attention.Sight, kv=None, bias=None, capture=False, memory_BSD=None):
+        """-> ([B,T,D], (k, v), captured).
+
+        kv: the cached k and v that this stream's are written to at sight.cursor. memory_BSD: keys and values come from
+        it; or, where it was read before, kv is all of them as it stands. bias: of relative positions.
+        """
         c, D = self.config, x_BTD.shape[-1]
 
-        def project(name, heads):
-            return Linear((D,), (heads, c.head_dim), c.bias, name=name)(x_BTD)
+        def project(name, heads, x):
+            y = Linear((D,), (heads, c.head_dim), "qkv" in c.bias, name=name)(x)
+            if not c.qk_norm or name == "value":
+                return y
+            return Norm("rms" if c.norm == "layer" else c.norm, c.norm_eps, name=f"{name}_norm")(y)
 
-        q, k, v = project("query", c.heads), project("key", c.kv_heads), project("value", c.kv_heads)
-        if c.qk_norm:
-            q, k = Norm("rms", c.norm_eps, name="query_norm")(q), Norm("rms", c.norm_eps, name="key_norm")(k)
-        if self.rotary:
-            q, k = attention.rope(q, position_BT, c.rope_theta), attention.rope(k, position_BT, c.rope_theta)
-        q, k, v = (shard(x, "batch", None, "heads") for x in (q, k, v))
-        if kv is not None:
-            at = (0, sight.cursor, 0, 0)
-            kv = tuple(jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(kv, (k, v), strict=True))
+        q = project("query", c.heads, x_BTD)
+        if kv is None or sight.cursor is not None:
+            source = x_BTD if memory_BSD is None else memory_BSD
+            k, v = project("key", c.kv_heads, source), project("value", c.kv_heads, source)
+            if self.rope:
+                q, k = attention.rope(q, position_BT, *self.rope), attention.rope(k, position_BT, *self.rope)
+            q, k, v = (shard(x, "batch", None, "heads") for x in (q, k, v))
+            if kv is not None:
+                at = (0, sight.cursor, 0, 0)
+                k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(kv, (k, v), strict=True))
+        else:
             k, v = kv
-        x_BTNH = attention.attend(q, k, v, sight)
-        out = Linear((c.heads, c.head_dim), (D,), c.bias, self.out_gain, name="out")(x_BTNH)
-        return out, kv, {"query": q, "key": k} if capture else {}
+        x_BTNH = attention.attend(q, k, v, sight, c.attention_scale or None, c.attention_cap, self.window, bias)
+        out = Linear((c.heads, c.head_dim), (D,), "out" in c.bias, self.out_gain, name="out")(x_BTNH)
+        return out, (k, v), {"query": q, "key": k} if capture else {}
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), in cross blocks x + attention(norm(x), memory), then x + mlp(norm(x)).
+
+    Where the norms stand is config.norm_place.
+    """
 
     config: config.Backbone
+    kind: str
     rotary: bool
 
     @nn.compact
-    def __call__(self, x, position, sight, kv=None, key=None, capture=False):
+    def __call__(self, x, position, sight, kv=None, memory=None, bias=None, key=None, capture=False):
+        """memory: (its vectors or None, its k and v or None, the sight on it) -> (x, (k, v), memory's (k, v), out)."""
         c = self.config
         out_gain = (2 * c.depth) ** -0.5  # the residual stream's variance does not grow with depth (GPT-2)
-        keys = (None, None) if key is None else jax.random.split(key)
-        norm = Norm(c.norm, c.norm_eps, name="attention_norm")
-        mixed, kv, out = Attention(c, self.rotary, out_gain, name="attention")(norm(x), position, sight, kv, capture)
-        x = shard(x + dropout(mixed, c.dropout, keys[0]), "batch")
-        norm = Norm(c.norm, c.norm_eps, name="mlp_norm")
-        mlp = MLP(c.hidden, c.activation, c.bias, out_gain, name="mlp")
-        return shard(x + dropout(mlp(norm(x)), c.dropout, keys[1]), "batch"), kv, out
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3 if self.kind == "cross" else 2)
+        norm = functools.partial(Norm, c.norm, c.norm_eps)
+
+        def before(name):
+            return x if c.norm_place == "post" else norm(name=f"{name}_norm")(x)
+
+        def after(name, branch, key):
+            if c.norm_place == "sandwich":
+                branch = norm(name=f"{name}_post_norm")(branch)
+            if c.layer_scale:
+                branch *= Vector(branch.shape[-1], c.layer_scale, name=f"{name}_scale")()
+            total = shard(x + dropout(branch, c.dropout, key), "batch")
+            return norm(name=f"{name}_norm")(total) if c.norm_place == "post" else total
+
+        local = self.kind == "local"
+        rope = (c.rope_theta, c.rope_scaling)
+        if local and c.local_theta:
+            rope = (c.local_theta, config.RopeScaling())
+        attend = Attention(c, out_gain, c.window if local else 0, rope if self.rotary else None, name="attention")
+        mixed, kv, out = attend(before("attention"), position, sight, kv, bias, capture)
+        x = after("attention", mixed, keys[0])
+        memory_kv = None
+        if self.kind == "cross":
+            vectors, memory_kv, memory_sight = memory
+            attend = Attention(c, out_gain, name="cross")
+            mixed, memory_kv, _ = attend(before("cross"), position, memory_sight, memory_kv, memory_BSD=vectors)
+            x = after("cross", mixed, keys[2])
+        mixed = MLP(c.hidden, c.activation, "mlp" in c.bias, out_gain, name="mlp")(before("mlp"))
+        return after("mlp", mixed, keys[1]), kv, memory_kv, out
 
 
 class Backbone(nn.Module):
-    """x [B,T,D] -> (final hidden states [B,T,D], the layers' k and v, captured q and k by layer)."""
+    """x [B,T,D] -> (final hidden states [B,T,D], the layers' k and v, the memory's, captured q and k by layer)."""
 
     config: config.Backbone
-    rotary: bool
+    rotary: bool = False
+    both_ways: bool = False  # relative positions tell keys ahead from keys behind
 
     @nn.compact
-    def __call__(self, x, position, sight, cache: attention.Cache | None = None, key=None, capture=False):
+    def __call__(self, x, position, sight, cache: attention.Cache | None = None, key=None, capture=False, memory=None):
+        """memory: (vectors [B,S,D], or None where `cache` has their k and v; the sight on them); cross blocks read it."""
         c = self.config
-        kvs, out = [], {}
+        kvs, memory_kvs, out, bias = [], [], {}, None
+        if c.buckets:
+            table = Table(c.buckets, c.heads, name="relative")
+
+            def bias(behind_BTS):
+                ids = attention.bucket(behind_BTS, c.buckets, c.bucket_distance, self.both_ways)
+                return table(ids).transpose(0, 3, 1, 2)
+
         if key is not None:
             x = dropout(x, c.dropout, jax.random.fold_in(key, c.depth))
-        for i in range(c.depth):  # a list, not a scan: faster on a CPU and in decoding
+        for i, kind in enumerate(c.kinds):  # a list, not a scan: faster on a CPU and in decoding
             kv = None if cache is None else (cache.k[i], cache.v[i])
+            block_memory = None
+            if kind == "cross":
+                vectors, memory_sight = memory
+                read = cache.memory[len(memory_kvs)] if vectors is None else None
+                block_memory = (vectors, read, memory_sight)
             layer_key = None if key is None else jax.random.fold_in(key, i)
-            x, kv, captured = Block(c, self.rotary, name=f"block_{i}")(x, position, sight, kv, layer_key, capture)
+            block = Block(c, kind, self.rotary, name=f"block_{i}")
+            x, kv, memory_kv, captured = block(x, position, sight, kv, block_memory, bias, layer_key, capture)
             kvs.append(kv)
+            if kind == "cross":
+                memory_kvs.append(memory_kv)
             out |= {f"block_{i}/{name}": value for name, value in captured.items()}
-        return Norm(c.norm, c.norm_eps, name="norm")(x), kvs, out
+        if c.norm_place != "post":
+            x = Norm(c.norm, c.norm_eps, name="norm")(x)
+        return x, kvs, tuple(memory_kvs), out

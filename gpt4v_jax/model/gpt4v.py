@@ -10,6 +10,7 @@ returned in `out` when `capture` asks for them.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from gpt4v_jax import batch as batch_lib
@@ -17,7 +18,7 @@ from gpt4v_jax import config
 from gpt4v_jax.model import attention, fusion
 from gpt4v_jax.model.backbone import Backbone
 from gpt4v_jax.model.image import ImageEmbed
-from gpt4v_jax.model.layers import Linear, Norm
+from gpt4v_jax.model.layers import ACTIVATIONS, Linear, Norm, Vector
 from gpt4v_jax.model.text import TextEmbed
 from gpt4v_jax.sharding import shard
 
@@ -31,11 +32,20 @@ class GPT4V(nn.Module):
         self.text = TextEmbed(c)
         if c.image.size:
             self.image = ImageEmbed(c)
-        self.backbone = Backbone(c.backbone, rotary=c.position == "rope")
+        self.backbone = Backbone(c.backbone, c.position == "rope", both_ways=not c.causal)
         if c.embed_norm:
             self.embed_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
+        if c.source:
+            self.source = Backbone(c.source, c.position == "rope", both_ways=True)
+            if c.embed_norm:
+                self.source_norm = Norm(c.source.norm, c.source.norm_eps)
+        if c.head_hidden:
+            self.head_hidden = Linear((c.backbone.width,), (c.backbone.width,), True)
+            self.head_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
         if not c.tied:
             self.head = Linear((c.backbone.width,), (c.vocab,), gain=c.init_std * c.backbone.width**0.5)
+        if c.head_bias:
+            self.head_bias = Vector(c.vocab)
 
     def __call__(self, batch: batch_lib.Batch, cache=None, key=None, capture: bool = False):
         """-> (hidden [B,T,D], cache, out).
@@ -44,12 +54,14 @@ class GPT4V(nn.Module):
         key: a jax.random key for dropout; None: no dropout. capture: q (after rope) and k of every layer into `out`.
         """
         if cache is None:
-            step, cursor = jnp.cumsum(batch.ar, axis=1), None
-            sight = attention.Sight(batch.document, step, batch.document, step, reach=self.layout.reach)
+            step = jnp.cumsum(batch.ar, axis=1)
+            sight = attention.within(batch.document, step, self.layout.reach)
         else:
             cursor = cache.cursor
-            step, cache = attention.extend(cache, batch)
-            sight = attention.Sight(batch.document, step, cache.document, cache.step, cursor=cursor)
+            step, index, cache = attention.extend(cache, batch)
+            sight = attention.Sight(
+                batch.document, step, cache.document, cache.step, index, cache.index, cursor=cursor
+            )
 
         segments = [self.text(batch, step)]
         if batch.image is not None:
@@ -59,15 +71,44 @@ class GPT4V(nn.Module):
                 raise ValueError(f"the image embedder made {features} features a row, the layout lays {budget} slots")
         fused = fusion.KINDS[self.config.fusion.kind](segments, batch.slot)
 
+        memory = self._memory(batch, step, cache, key) if self.config.source else None
         x = shard(self.embed_norm(fused.stream) if self.config.embed_norm else fused.stream, "batch")
-        hidden, kvs, out = self.backbone(x, batch.position[..., 0], sight, cache, key, capture)
+        hidden, kvs, memory_kvs, out = self.backbone(
+            x, batch.position[..., 0], sight, cache, key, capture, memory
+        )
         if cache is not None:
             k, v = zip(*kvs, strict=True)
-            cache = cache.replace(k=k, v=v)
+            cache = cache.replace(k=k, v=v, memory=memory_kvs)
+            if batch.source is not None:
+                cache = cache.replace(memory_document=batch.source.document)
         if self.is_initializing():
             self.logits(hidden)
         return hidden, cache, out
 
+    def _memory(self, batch: batch_lib.Batch, step, cache, key):
+        """What cross blocks read: (the source's vectors, or None where the cache has their k and v; the sight on it)."""
+        if batch.source is None:
+            if cache is None or cache.memory_document is None:
+                raise ValueError("this model reads a source: batch.source is None, and no cache has one")
+            vectors, document = None, cache.memory_document
+        else:
+            source, document = batch.source, batch.source.document
+            vectors = self.text.source(source)
+            vectors = shard(self.source_norm(vectors) if self.config.embed_norm else vectors, "batch")
+            key = None if key is None else jax.random.fold_in(key, 1)
+            sight = attention.bidirectional(document)
+            vectors = self.source(vectors, source.position[..., 0], sight, key=key)[0]
+        zero = jnp.zeros_like(document)  # step 0: every step sees all of its document's source
+        return vectors, attention.Sight(batch.document, step, document, zero, reach=document.shape[1])
+
     def logits(self, hidden):
         """Hidden states [...,D] -> logits [...,V] in float32."""
-        return (self.text.attend(hidden) if self.config.tied else self.head(hidden)).astype(jnp.float32)
+        c = self.config
+        if c.head_hidden:
+            hidden = self.head_norm(ACTIVATIONS[c.head_hidden](self.head_hidden(hidden)))
+        if c.logit_scale != 1:
+            hidden = hidden * c.logit_scale
+        x = (self.text.attend(hidden) if c.tied else self.head(hidden)).astype(jnp.float32)
+        if c.head_bias:
+            x += self.head_bias()
+        return jnp.tanh(x / c.logit_cap) * c.logit_cap if c.logit_cap else x

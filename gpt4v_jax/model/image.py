@@ -1,39 +1,62 @@
-"""Packed picture patches -> Segment; and the ViT classifier, which is the same embedder with a head."""
+"""Packed picture patches -> Segment; and the image tower: the same encoder, pooled, with a head."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
-from gpt4v_jax.model.backbone import Backbone
-from gpt4v_jax.model.layers import Linear, Norm, Table
+from gpt4v_jax.model.backbone import Attention, Backbone
+from gpt4v_jax.model.layers import MLP, Linear, Norm, Table, Vector
 
 PATCH_NORM_EPS = 1e-2  # of the variance of values in [-1, 1]: an empty patch stays empty, its noise is not blown up
 
 
 class PatchEmbed(nn.Module):
     """Patches [B,M,p] uint8 at index [B,M,3] -> [B,M,D]: one linear map (Dosovitskiy et al. 2020) + position;
-    with patch_norm a LayerNorm on both sides of the map (Kumar et al. 2023)."""
+    with patch_norm a LayerNorm on both sides of the map (Kumar et al. 2023).
+
+    With a class token, [B,C,D] of them come first; they lie on row 0 of the table of positions.
+    """
 
     config: config.Image
     width: int
 
     @nn.compact
-    def __call__(self, patch_BMp, index_BM3):
+    def __call__(self, patch_BMp, index_BM3, class_tokens: int = 0):
         c = self.config
-        x = patch_BMp.astype(jnp.float32) / 127.5 - 1
+        mean, std = (np.tile(np.array(x), c.patch**2) for x in (c.mean, c.std))
+        x = patch_BMp.astype(jnp.float32) / (255 * std).astype(np.float32) - (mean / std).astype(np.float32)
         if c.patch_norm:
             x = Norm("layer", PATCH_NORM_EPS, name="patch_norm")(x)
-        values = c.patch**2 * 3
-        x = Linear((values,), (self.width,), True, name="embed")(x)
+        x = Linear((c.patch**2 * 3,), (self.width,), c.patch_bias, name="embed")(x)
         if c.patch_norm:  # without it training makes the content ten times as large, and a patch's place is lost in it
             x = Norm("layer", PATCH_NORM_EPS, name="content_norm")(x)
         if c.position == "learned":
             # Nearly as large as what patches show: at 0.02 a patch's place is lost beside that for an epoch.
-            table = Table(c.grid**2, self.width, 0.5, name="position")
-            x += table(index_BM3[..., 1] * c.grid + index_BM3[..., 2])
+            table = Table(c.class_token + c.grid**2, self.width, 0.5, name="position")
+            x += table(index_BM3[..., 1] * c.grid + index_BM3[..., 2] + c.class_token)
+        if c.mask_token:
+            Vector(self.width, name="mask_token")()
+        if c.class_token:
+            token = Vector(self.width, std=0.02, name="class_token")()
+            token += table(0) if c.position == "learned" else 0
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], class_tokens, self.width)), x], axis=1)
         return x
+
+
+def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None):
+    """Patches -> [B,C+M,D], C class tokens first; each item is encoded by itself. For use in a compact method.
+
+    item_BN: the items that class tokens belong to (0: none); None where there are none.
+    """
+    width = c.encoder.width
+    x = PatchEmbed(c, width, name="image")(patch_BMp, index_BM3, 0 if item_BN is None else item_BN.shape[1])
+    if c.pre_norm:
+        x = Norm("layer", c.encoder.norm_eps, name="pre_norm")(x)
+    item = item_BM if item_BN is None else jnp.concatenate([item_BN, item_BM], axis=1)
+    return Backbone(c.encoder, name="encoder")(x, None, attention.bidirectional(item))[0]
 
 
 class ImageEmbed(nn.Module):
@@ -44,12 +67,12 @@ class ImageEmbed(nn.Module):
     @nn.compact
     def __call__(self, media: batch_lib.Media, document, step) -> batch_lib.Segment:
         c, width = self.config.image, self.config.backbone.width
-        encoder = c.encoder
-        x = _patches(c, encoder.width if encoder else width)(media.patch, media.index)
-        if encoder:
-            sight = _within(media.item)
-            x, _, _ = Backbone(encoder, rotary=False, name="encoder")(x, None, sight)
-            x = Linear((encoder.width,), (width,), True, name="connector")(x)
+        if c.encoder:
+            items = jnp.where(media.at >= 0, jnp.arange(1, media.at.shape[1] + 1), 0) if c.class_token else None
+            x = _encode(c, media.patch, media.index, media.item, items)[:, -media.patch.shape[1] :]
+            x = Linear((c.encoder.width,), (width,), True, name="connector")(x)
+        else:
+            x = PatchEmbed(c, width, name="image")(media.patch, media.index)
         # A medium takes the document and the step of its first placeholder.
         item_at = jnp.take_along_axis(media.at, jnp.maximum(media.item - 1, 0), axis=1)
 
@@ -59,29 +82,35 @@ class ImageEmbed(nn.Module):
         return batch_lib.Segment(x, at(document), at(step), media.item, kind=batch_lib.IMAGE)
 
 
-class ImageClassifier(nn.Module):
-    """ViT with a class token (Dosovitskiy et al. 2020): one picture a row, [B,M,p] -> logits [B,classes]."""
+class ImageTower(nn.Module):
+    """One picture a row, [B,M,p] at index [B,M,3] -> [B,classes]: a ViT classifier (Dosovitskiy et al. 2020), or the
+    image tower of CLIP or SigLIP. Without a head the pooled vector [B,D]; unpooled all vectors, class token first."""
 
     config: config.Image
 
     @nn.compact
     def __call__(self, patch_BMp, index_BM3):
         c, width = self.config, self.config.encoder.width
-        x = _patches(c, width)(patch_BMp, index_BM3)
-        # Row 0 of the table is the token, row 1 its position: pictures have grid^2 positions of their own.
-        token = Table(2, width, name="class_token")(jnp.arange(2)).sum(0)
-        x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, width)), x], axis=1)
-        x, _, _ = Backbone(c.encoder, rotary=False, name="encoder")(
-            x, None, _within(jnp.ones(x.shape[:2], jnp.int32))
-        )
-        return Linear((width,), (c.classes,), True, name="head")(x[:, 0])
+        one = jnp.ones(patch_BMp.shape[:2], jnp.int32)
+        x = _encode(c, patch_BMp, index_BM3, one, one[:, :1] if c.class_token else None)
+        if c.pool == "class":
+            x = x[:, 0]
+        if c.pool == "map":
+            x = MapPool(c.encoder, name="pool")(x)
+        return Linear((width,), (c.classes,), c.head_bias, name="head")(x) if c.classes else x
 
 
-def _patches(c: config.Image, width: int) -> PatchEmbed:
-    return PatchEmbed(c, width, name="image")
+class MapPool(nn.Module):
+    """Multi-head attention pooling (Lee et al. 2019; Zhai et al. 2022): [B,S,D] -> [B,D], by one learned query."""
 
+    config: config.Backbone
 
-def _within(item_BM) -> attention.Sight:
-    """Bidirectional attention within each item: the mask law with the item as document, and one step."""
-    step = jnp.zeros_like(item_BM)
-    return attention.Sight(item_BM, step, item_BM, step, reach=item_BM.shape[1])
+    @nn.compact
+    def __call__(self, x_BSD):
+        c = self.config
+        ones = jnp.ones(x_BSD.shape[:2], jnp.int32)
+        sight = attention.Sight(ones[:, :1], ones[:, :1], ones, ones, reach=x_BSD.shape[1])
+        probe = jnp.broadcast_to(Vector(c.width, std=0.02, name="probe")(), (x_BSD.shape[0], 1, c.width))
+        x = Attention(c, 1.0, name="attention")(probe, None, sight, memory_BSD=x_BSD)[0]
+        normed = Norm(c.norm, c.norm_eps, name="norm")(x)
+        return (x + MLP(c.hidden, c.activation, "mlp" in c.bias, name="mlp")(normed))[:, 0]

@@ -16,8 +16,13 @@ from gpt4v_jax.sharding import shard
 ACTIVATIONS = {
     "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),  # nn.gelu's erfc takes 1.6 times as long
     "gelu_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016; CLIP's
+    "relu": nn.relu,
+    "silu": nn.silu,
     "swiglu": nn.silu,
+    "geglu": nn.gelu,
 }
+GATED = ("swiglu", "geglu")  # the activated gate multiplies the values (Shazeer 2020)
 
 
 class Linear(nn.Module):
@@ -63,8 +68,26 @@ class Table(nn.Module):
         return x @ self.table.T
 
 
+class Vector(nn.Module):
+    """A learned vector [width], or a number [] with width 0, that starts with standard deviation std around `start`."""
+
+    width: int
+    start: float = 0.0
+    std: float = 0.0
+
+    @nn.compact
+    def __call__(self):
+        def init(key, shape):
+            return self.start + self.std * jax.random.normal(key, shape)
+
+        return self.param("value", init, (self.width,) if self.width else ())
+
+
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension, in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension, in float32.
+
+    rms_plus_one multiplies by 1 + scale, and scale starts at 0 (Gemma): weight decay then draws it towards 1.
+    """
 
     kind: str
     eps: float
@@ -75,14 +98,17 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        x *= self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        if self.kind == "rms_plus_one":
+            x *= 1 + self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        else:
+            x *= self.param("scale", nn.initializers.ones, (x.shape[-1],))
         if self.kind == "layer":
             x += self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         return x.astype(dtype)
 
 
 class MLP(nn.Module):
-    """D -> F -> D; with swiglu (Shazeer 2020) the activated gate multiplies the F values."""
+    """D -> F -> D; with a gate the activated gate multiplies the F values."""
 
     hidden: int
     activation: str
@@ -94,7 +120,7 @@ class MLP(nn.Module):
         D = x_BTD.shape[-1]
         act = ACTIVATIONS[self.activation]
         up_BTF = Linear((D,), (self.hidden,), self.bias, name="up")(x_BTD)
-        if self.activation == "swiglu":
+        if self.activation in GATED:
             up_BTF *= act(Linear((D,), (self.hidden,), self.bias, name="gate")(x_BTD))
         else:
             up_BTF = act(up_BTF)

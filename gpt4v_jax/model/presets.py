@@ -4,10 +4,12 @@
     config.parse(presets.IMAGES["vit-b/16"], config.Image)           # a ViT, which is no config of a run
 """
 
+from gpt4v_jax import config
+
 _GPT2 = {"position": "learned", "tied": True, "vocab": 50257, "context": 1024}
-_GPT2_BLOCK = {"norm": "layer", "norm_eps": 1e-5, "activation": "gelu_tanh", "bias": True}
+_GPT2_BLOCK = {"norm": "layer", "norm_eps": 1e-5, "activation": "gelu_tanh", "bias": config.BIASES}
 _LLAMA = {"position": "rope", "tied": False}
-_LLAMA_BLOCK = {"norm": "rms", "norm_eps": 1e-5, "activation": "swiglu", "bias": False}
+_LLAMA_BLOCK = {"norm": "rms", "norm_eps": 1e-5, "activation": "swiglu", "bias": ()}
 
 
 def _gpt2(depth: int, width: int, heads: int) -> dict:
@@ -21,8 +23,8 @@ def _llama(depth: int, width: int, heads: int, kv_heads: int, hidden: int, vocab
 
 def _vit(depth: int, width: int, heads: int, patch: int) -> dict:
     encoder = {"depth": depth, "width": width, "heads": heads, "norm": "layer", "norm_eps": 1e-6,
-               "activation": "gelu", "bias": True}  # fmt: skip
-    return {"size": 224, "patch": patch, "classes": 1000, "encoder": encoder}
+               "activation": "gelu", "bias": config.BIASES}  # fmt: skip
+    return {"size": 224, "patch": patch, "class_token": True, "pool": "class", "classes": 1000, "encoder": encoder}
 
 
 MODELS = {  # config.Model

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
 from gpt4v_jax.model import attention, fusion
 from gpt4v_jax.training import objectives
 from gpt4v_jax.training import step as step_lib
@@ -128,8 +129,9 @@ def test_variants_start_at_ln_v_and_train_every_parameter(
     norm, activation, bias, kv_heads, qk_norm, tied, position, kind, encoder, embed_norm, patch_norm
 ):
     model, params = tiny.make_model(tiny.make_config(
-        kind, encoder=encoder, init_std=0.02, tied=tied, position=position, norm=norm, activation=activation, bias=bias,
-        kv_heads=kv_heads, qk_norm=qk_norm, embed_norm=embed_norm, patch_norm=patch_norm, depth=1,
+        kind, encoder=encoder, init_std=0.02, tied=tied, position=position, norm=norm, activation=activation,
+        bias=config.BIASES if bias else (), kv_heads=kv_heads, qk_norm=qk_norm, embed_norm=embed_norm,
+        patch_norm=patch_norm, depth=1,
     ))  # fmt: skip
     batch = tiny.rows(model.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
 

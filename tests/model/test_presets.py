@@ -10,7 +10,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.model import flops, presets
 from gpt4v_jax.model.gpt4v import GPT4V
-from gpt4v_jax.model.image import ImageClassifier
+from gpt4v_jax.model.image import ImageTower
 from gpt4v_jax.training import step as step_lib
 
 
@@ -60,7 +60,7 @@ def test_vit(name, depth, width, patch, published):
     L, d, p, n = depth, width, patch, (224 // patch) ** 2
     # patches with bias; positions of the n patches, the class token and its position; blocks; last norm; the head
     closed = d * (3 * p * p + 1) + d * (n + 2) + L * (12 * d**2 + 13 * d) + 2 * d + 1000 * (d + 1)
-    vit = ImageClassifier(config.parse(presets.IMAGES[name], config.Image))
+    vit = ImageTower(config.parse(presets.IMAGES[name], config.Image))
     patches, index = jnp.zeros((1, n, 3 * p * p), jnp.uint8), jnp.zeros((1, n, 3), jnp.int32)
     shapes = jax.eval_shape(vit.init, jax.random.key(0), patches, index)["params"]
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == closed == published

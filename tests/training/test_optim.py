@@ -11,7 +11,7 @@ from gpt4v_jax.sharding import path_name
 from gpt4v_jax.training import optim
 from tests import tiny
 
-PARAMS = tiny.make_model(tiny.make_config(encoder=True, tied=False, norm="layer", bias=True))[1]
+PARAMS = tiny.make_model(tiny.make_config(encoder=True, tied=False, norm="layer", bias=config.BIASES))[1]
 GRADS = jax.tree.map(lambda x: jnp.array(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), PARAMS)
 
 

@@ -1,0 +1,353 @@
+"""Our layers against Hugging Face's, family by family: the table of docs/results/parity.md.
+
+    python -m benchmarks.parity --out docs/results        # needs torch and transformers: the extra "test", Python 3.11
+
+The references are tiny models with random weights: initializer_range 0.2, so that every operation matters, and biases,
+norms and eps away from their defaults. Batches are padded. `compare` is also what tests/interop/test_parity.py checks.
+"""
+
+import copy
+import dataclasses
+import json
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
+from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.interop import hf
+from gpt4v_jax.model import attention
+from gpt4v_jax.training import workdir
+
+_OUT = flags.DEFINE_string("out", None, "a folder for parity.md; without it the table is only printed")
+
+VOCAB, NEW = 83, 16
+LENGTHS = (21, 13, 6)  # of the rows of a padded batch; windows are 8
+SOURCES = (17, 9, 4)
+BOUND = 1e-4  # of max |difference| / standard deviation
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A reference: its class in transformers and the values of its config. kind: decoder | masked | seq2seq | image |
+    towers."""
+
+    architecture: str
+    kind: str
+    values: dict[str, Any]
+
+
+_TEXT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip
+_GQA = _TEXT | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "attn_implementation": "eager"}
+_IMAGE = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "image_size": 32, "patch_size": 8, "initializer_range": 0.2}  # fmt: skip
+_TOWER_TEXT = _TEXT | {"num_hidden_layers": 2, "layer_norm_eps": 1e-4, "eos_token_id": VOCAB - 1}
+_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 2, "num_decoder_layers": 3,
+       "num_heads": 4, "relative_attention_num_buckets": 12, "relative_attention_max_distance": 15,
+       "layer_norm_epsilon": 1e-5, "decoder_start_token_id": 0, "eos_token_id": None}  # fmt: skip
+
+
+def _rope(kind: str, **values) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0} | values}
+
+
+CASES = {
+    "gpt2": Case("GPT2LMHeadModel", "decoder", {
+        "vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 56, "n_positions": 64,
+        "layer_norm_epsilon": 1e-4, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None}),
+    "llama": Case("LlamaForCausalLM", "decoder", _GQA | {"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"},
+                                                        "head_dim": 12}),
+    "llama, tied, biases": Case("LlamaForCausalLM", "decoder", _GQA | {
+        "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "llama, linear rope": Case("LlamaForCausalLM", "decoder", _GQA | _rope("linear")),
+    "llama, llama3 rope": Case("LlamaForCausalLM", "decoder", _GQA | _rope(
+        "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
+    "llama, yarn rope": Case("LlamaForCausalLM", "decoder", _GQA | _rope(
+        "yarn", original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0)),
+    "mistral": Case("MistralForCausalLM", "decoder", _GQA | {"sliding_window": 8, "head_dim": 12}),
+    "qwen2": Case("Qwen2ForCausalLM", "decoder", _GQA | {
+        "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": Case("Qwen3ForCausalLM", "decoder", _GQA | {"head_dim": 12, "attention_bias": True}),
+    "gemma": Case("GemmaForCausalLM", "decoder", _GQA | {"head_dim": 12, "num_key_value_heads": 1}),
+    "gemma2": Case("Gemma2ForCausalLM", "decoder", _GQA | {
+        "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0}),
+    "gemma3_text": Case("Gemma3ForCausalLM", "decoder", _GQA | {
+        "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 20, "sliding_window_pattern": 3,
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}}),
+    "bert": Case("BertForMaskedLM", "masked", _TEXT | {"layer_norm_eps": 1e-4, "type_vocab_size": 3}),
+    "t5": Case("T5ForConditionalGeneration", "seq2seq", _T5 | {"initializer_factor": 1.0}),
+    "t5, v1.1": Case("T5ForConditionalGeneration", "seq2seq", _T5 | {
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": Case("BartForConditionalGeneration", "seq2seq", {
+        "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 56, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+        "init_std": 0.2, "scale_embedding": True, "decoder_start_token_id": 2, "eos_token_id": None,
+        "forced_eos_token_id": None, "activation_function": "gelu"}),
+    "vit": Case("ViTForImageClassification", "image", _IMAGE | {"num_labels": 7, "layer_norm_eps": 1e-5}),
+    "vit, features": Case("ViTModel", "image", _IMAGE | {"qkv_bias": False, "layer_norm_eps": 1e-4}),
+    "dinov2": Case("Dinov2Model", "image", _IMAGE | {"mlp_ratio": 2, "layer_norm_eps": 1e-5}),
+    "dinov2, swiglu": Case("Dinov2Model", "image", _IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "clip": Case("CLIPModel", "towers", {
+        "text_config": _TOWER_TEXT, "vision_config": _IMAGE | {"layer_norm_eps": 1e-4}, "projection_dim": 24}),
+    "clip_vision_model": Case("CLIPVisionModel", "image", _IMAGE),
+    "clip_vision_model, projected": Case("CLIPVisionModelWithProjection", "image", _IMAGE | {"projection_dim": 24}),
+    "siglip": Case("SiglipModel", "towers", {
+        "text_config": _TOWER_TEXT | {"projection_size": 40},
+        "vision_config": _IMAGE | {"hidden_size": 40, "layer_norm_eps": 1e-4}}),
+    "siglip_vision_model": Case("SiglipVisionModel", "image", _IMAGE),
+    "siglip_vision_model, no head": Case("SiglipVisionModel", "image", _IMAGE | {"vision_use_head": False}),
+}  # fmt: skip
+
+
+def reference(name: str, seed: int = 0):
+    """-> the reference with random weights: matrices by its own initialisation, vectors (biases, norms) moved by 0.2."""
+    import torch
+    import transformers
+
+    case = CASES[name]
+    torch.manual_seed(seed)
+    architecture = getattr(transformers, case.architecture)
+    values = copy.deepcopy(case.values)
+    made = architecture.config_class(**{k: v for k, v in values.items() if k != "attn_implementation"})
+    made._attn_implementation = "eager"
+    model = architecture(made).eval()
+    with torch.no_grad():
+        for path, p in model.named_parameters():
+            if p.ndim < 2 or "probe" in path or "token" in path or "position" in path:
+                p.add_(0.2 * torch.randn_like(p))
+        for path, buffer in model.named_buffers():
+            if path == "final_logits_bias":
+                buffer.add_(0.2 * torch.randn_like(buffer))
+    return model
+
+
+def write(model, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+# ---- inputs, and both sides of a comparison
+
+
+def _padded(lengths, first=3, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """-> (tokens, mask), padded on the right."""
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    tokens = np.random.default_rng(seed).integers(first, VOCAB - 1, mask.shape)
+    return np.where(mask, tokens, 0).astype(np.int32), mask
+
+
+def _batch(tokens, mask, causal=True, source=None, token_type=None) -> batch_lib.Batch:
+    zeros = np.zeros_like(tokens)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32)[:, None], (*tokens.shape, 1))
+    if source is not None:
+        at = np.broadcast_to(np.arange(source[0].shape[1], dtype=np.int32)[:, None], (*source[0].shape, 1))
+        source = batch_lib.Source(source[0], at, source[1].astype(np.int32))
+    return batch_lib.Batch(
+        tokens=tokens, slot=zeros - 1, position=positions, document=mask.astype(np.int32),
+        ar=np.full(tokens.shape, causal), target=zeros, weight=zeros.astype(np.float32), source=source,
+        token_type=token_type,
+    )  # fmt: skip
+
+
+def _module(imported: hf.Imported, context: int):
+    module, _ = hf.module_of(imported.config)
+    return module.clone(layout=dataclasses.replace(module.layout, context=context))
+
+
+def _logits(module, params, batch):
+    hidden, _, _ = module.apply({"params": params}, batch)
+    return module.apply({"params": params}, hidden, method="logits")
+
+
+def _difference(ours, theirs) -> dict[str, float]:
+    """ours, theirs [rows, values] -> the two measures of a comparison."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    gap = np.abs(ours - theirs).max() / theirs.std()
+    return {"difference": float(gap), "argmax": float((ours.argmax(-1) == theirs.argmax(-1)).mean())}
+
+
+def _text(imported, model, kind: str) -> dict[str, Any]:
+    import torch
+
+    causal = kind != "masked"
+    tokens, mask = _padded(LENGTHS)
+    given = {"input_ids": torch.tensor(tokens).long(), "attention_mask": torch.tensor(mask).long()}
+    token_type = source = None
+    if kind == "masked":
+        token_type = np.random.default_rng(1).integers(0, 3, tokens.shape).astype(np.int32)
+        given["token_type_ids"] = torch.tensor(token_type).long()
+    if kind == "seq2seq":
+        source = _padded(SOURCES, seed=2)
+        given = {"input_ids": torch.tensor(source[0]).long(), "attention_mask": torch.tensor(source[1]).long(),
+                 "decoder_input_ids": torch.tensor(tokens).long()}  # fmt: skip
+    with torch.no_grad():
+        theirs = model(**given).logits.numpy()
+    module = _module(imported, tokens.shape[1])
+    forward = jax.jit(lambda params, batch: _logits(module, params, batch))
+    ours = forward(imported.params, _batch(tokens, mask, causal, source, token_type))
+    return _difference(np.asarray(ours)[mask], theirs[mask])
+
+
+def _generation(imported, model, kind: str) -> dict[str, Any]:
+    """NEW greedy tokens of a padded batch, cached: against the reference's, and against our own uncached forward."""
+    import torch
+
+    tokens, mask = _padded(LENGTHS)
+    source = _padded(SOURCES, seed=2) if kind == "seq2seq" else None
+    with torch.no_grad():
+        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+        if source is None:  # the reference wants its padding on the left
+            left = np.stack([np.roll(row, np.sum(~m)) for row, m in zip(tokens, mask, strict=True)])
+            given = {"input_ids": torch.tensor(left).long(), "attention_mask": torch.tensor(mask[:, ::-1].copy()).long()}
+            theirs = model.generate(**given, **options).numpy()[:, -NEW:]
+        else:
+            start = model.config.decoder_start_token_id
+            tokens, mask = np.full((len(SOURCES), 1), start, np.int32), np.ones((len(SOURCES), 1), bool)
+            given = {"input_ids": torch.tensor(source[0]).long(), "attention_mask": torch.tensor(source[1]).long()}
+            theirs = model.generate(**given, **options, decoder_start_token_id=start).numpy()[:, 1 : 1 + NEW]
+
+    rows, width = tokens.shape
+    module = _module(imported, width)
+    batch = _batch(tokens, mask, source=source)
+    logits, cache = decode.prefill(module, imported.params, batch, slots=width + NEW)
+    keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
+    drawn, last, _ = decode.decode(
+        module, imported.params, logits, cache, keys, jnp.zeros(rows, bool), 0, sample.Sampling(), -1
+    )
+    drawn = np.asarray(drawn)[:, :NEW]
+    # Uncached: prompt and answer as one row; its logits must be those of the cached steps, the first and the last.
+    lengths = mask.sum(1)
+    whole, seen = np.zeros((rows, width + NEW), np.int32), np.zeros((rows, width + NEW), bool)
+    for i, n in enumerate(lengths):
+        whole[i, : n + NEW] = np.concatenate([tokens[i, :n], drawn[i]])
+        seen[i, : n + NEW] = True
+    again = np.asarray(_logits(_module(imported, width + NEW), imported.params, _batch(whole, seen, source=source)))
+    first, end = (again[np.arange(rows), lengths - 1 + shift] for shift in (0, NEW))
+    uncached = np.stack([again[np.arange(rows), lengths - 1 + i].argmax(-1) for i in range(NEW)], axis=1)
+    gap = max(np.abs(np.asarray(a) - b).max() for a, b in ((logits, first), (last, end))) / again[seen].std()
+    return {
+        "cached": float(gap), "greedy": int((drawn == theirs).all(0).sum()),
+        "cached_equals_uncached": bool((drawn == uncached).all()),
+    }  # fmt: skip
+
+
+def _pictures(c: config.Image, rows: int):
+    """-> (our patches and indices, their pixel_values)."""
+    import torch
+
+    from gpt4v_jax.data import packing
+
+    pictures = np.random.default_rng(3).integers(0, 256, (rows, c.size, c.size, 3), np.uint8)
+    patches = np.stack([packing.patchify(picture, c.patch) for picture in pictures])
+    index = np.zeros((*patches.shape[:2], 3), np.int32)
+    index[..., 1:] = np.indices((c.grid, c.grid)).reshape(2, -1).T
+    pixels = (pictures / 255 - np.array(c.mean)) / np.array(c.std)
+    return patches, index, torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
+
+
+def _image(imported, model, kind: str) -> dict[str, Any]:
+    import torch
+
+    patches, index, pixels = _pictures(imported.config, 3)
+    with torch.no_grad():
+        out = model(pixel_values=pixels)
+    c, module = imported.config, hf.module_of(imported.config)[0]
+    ours = jax.jit(module.apply)({"params": imported.params}, patches, index)
+    if c.classes:
+        theirs = out.image_embeds if hasattr(out, "image_embeds") else out.logits
+    elif c.pool == "map":
+        theirs = out.pooler_output
+    else:
+        theirs = out.last_hidden_state
+    if type(model).__name__ == "CLIPVisionModel":  # its post-norm is on the class token alone
+        ours, theirs = ours[:, 0], out.pooler_output
+    return _difference(np.asarray(ours).reshape(-1, ours.shape[-1]), theirs.numpy().reshape(-1, theirs.shape[-1]))
+
+
+def _towers(imported, model, kind: str) -> dict[str, Any]:
+    """Both towers' unit vectors and the scores of all pairs. CLIP's texts are padded, SigLIP reads its padding."""
+    import torch
+
+    c = imported.config
+    patches, index, pixels = _pictures(c.image, 3)
+    tokens, mask = _padded(LENGTHS)
+    given = {"input_ids": torch.tensor(tokens).long(), "pixel_values": pixels}
+    if c.text.causal:
+        tokens[np.arange(3), mask.sum(1) - 1] = VOCAB - 1  # CLIP's vector is that of its end token
+        given |= {"input_ids": torch.tensor(tokens).long(), "attention_mask": torch.tensor(mask).long()}
+    else:
+        mask = np.ones_like(mask)
+    with torch.no_grad():
+        out = model(**given)
+    module = hf.module_of(c)[0]
+    image, text, scores = jax.jit(module.apply)(
+        {"params": imported.params}, patches, index, _batch(tokens, mask, c.text.causal)
+    )
+    pairs = ((image, out.image_embeds), (text, out.text_embeds), (scores, out.logits_per_text))
+    parts = [_difference(a, b.numpy()) for a, b in pairs]
+    return {"difference": max(p["difference"] for p in parts), "argmax": min(p["argmax"] for p in parts)}
+
+
+SIDES: dict[str, Callable] = {
+    "decoder": _text, "masked": _text, "seq2seq": _text, "image": _image, "towers": _towers
+}  # fmt: skip
+
+
+def compare(name: str, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """One family in `folder`: reference -> our parameters -> outputs of both -> exported -> the reference again."""
+    import torch
+
+    case, model = CASES[name], reference(name, seed)
+    write(model, folder / "reference")
+    imported = hf.load(folder / "reference")
+    result = SIDES[case.kind](imported, model, case.kind)
+    if case.kind in ("decoder", "seq2seq"):
+        result |= _generation(imported, model, case.kind)
+    hf.save(imported, folder / "exported")
+    again, info = type(model).from_pretrained(folder / "exported", output_loading_info=True)
+    result["missing"], result["unexpected"] = len(info["missing_keys"]), len(info["unexpected_keys"])
+    left, right = model.state_dict(), again.state_dict()
+    unread = imported.family.unread or "$^"
+    import re
+
+    differing = [k for k in left if not re.search(unread, k) and not torch.equal(left[k], right[k])]
+    result["tensors"], result["differing"] = len(left), len(differing)
+    result["parameters"] = sum(x.size for x in jax.tree.leaves(imported.params))
+    return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = ["| family | max abs difference / std | argmax | cached - uncached / std | greedy tokens equal | missing, "
+             "unexpected | tensors, differing after the round trip |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, r in results.items():
+        cached = f"{r['cached']:.1e}" if "cached" in r else "-"
+        greedy = f"{r['greedy']} of {NEW}" if "greedy" in r else "-"
+        lines.append(
+            f"| {name} | {r['difference']:.1e} | {r['argmax']:.0%} | {cached} | {greedy} | {r['missing']}, "
+            f"{r['unexpected']} | {r['tensors']}, {r['differing']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    results = {}
+    for name in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = compare(name, Path(folder))
+        print(name, json.dumps(results[name]), flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    config.run(main)
