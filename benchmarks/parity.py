@@ -43,15 +43,16 @@ class Case:
     architecture: str
     kind: str
     values: dict[str, Any]
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the class and of its from_pretrained
 
 
 _TEXT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
          "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip
-_GQA = _TEXT | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "attn_implementation": "eager"}
+_GQA = _TEXT | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": None}
 _IMAGE = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
           "image_size": 32, "patch_size": 8, "initializer_range": 0.2}  # fmt: skip
 _TOWER_TEXT = _TEXT | {"num_hidden_layers": 2, "layer_norm_eps": 1e-4, "eos_token_id": VOCAB - 1}
-_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 2, "num_decoder_layers": 3,
+_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 3, "num_decoder_layers": 2,
        "num_heads": 4, "relative_attention_num_buckets": 12, "relative_attention_max_distance": 15,
        "layer_norm_epsilon": 1e-5, "decoder_start_token_id": 0, "eos_token_id": None}  # fmt: skip
 
@@ -95,7 +96,8 @@ CASES = {
         "init_std": 0.2, "scale_embedding": True, "decoder_start_token_id": 2, "eos_token_id": None,
         "forced_eos_token_id": None, "activation_function": "gelu"}),
     "vit": Case("ViTForImageClassification", "image", _IMAGE | {"num_labels": 7, "layer_norm_eps": 1e-5}),
-    "vit, features": Case("ViTModel", "image", _IMAGE | {"qkv_bias": False, "layer_norm_eps": 1e-4}),
+    "vit, features": Case("ViTModel", "image", _IMAGE | {"qkv_bias": False, "layer_norm_eps": 1e-4},
+                          {"add_pooling_layer": False}),
     "dinov2": Case("Dinov2Model", "image", _IMAGE | {"mlp_ratio": 2, "layer_norm_eps": 1e-5}),
     "dinov2, swiglu": Case("Dinov2Model", "image", _IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
     "clip": Case("CLIPModel", "towers", {
@@ -118,10 +120,9 @@ def reference(name: str, seed: int = 0):
     case = CASES[name]
     torch.manual_seed(seed)
     architecture = getattr(transformers, case.architecture)
-    values = copy.deepcopy(case.values)
-    made = architecture.config_class(**{k: v for k, v in values.items() if k != "attn_implementation"})
+    made = architecture.config_class(**copy.deepcopy(case.values))
     made._attn_implementation = "eager"
-    model = architecture(made).eval()
+    model = architecture(made, **case.arguments).eval()
     with torch.no_grad():
         for path, p in model.named_parameters():
             if p.ndim < 2 or "probe" in path or "token" in path or "position" in path:
@@ -315,7 +316,7 @@ def compare(name: str, folder: Path, seed: int = 0) -> dict[str, Any]:
     if case.kind in ("decoder", "seq2seq"):
         result |= _generation(imported, model, case.kind)
     hf.save(imported, folder / "exported")
-    again, info = type(model).from_pretrained(folder / "exported", output_loading_info=True)
+    again, info = type(model).from_pretrained(folder / "exported", output_loading_info=True, **case.arguments)
     result["missing"], result["unexpected"] = len(info["missing_keys"]), len(info["unexpected_keys"])
     left, right = model.state_dict(), again.state_dict()
     unread = imported.family.unread or "$^"

@@ -33,7 +33,7 @@ class Layout:
     patch: int
     items: int
     prefix: str  # none | media: a picture is one block | media+prompt: with the prompt | all: a document is one block
-    source: bool = False  # a separate encoder reads Batch.source, of `context` positions, too
+    source: int = 0  # positions of Batch.source, which a separate encoder reads; 0: none
 
     @property
     def grid(self) -> int:
@@ -70,7 +70,7 @@ def layout(model: config.Model, data: config.Data) -> Layout:
         patch=model.image.patch,
         items=data.media if model.image.size else 0,
         prefix=prefix if model.causal else "all",
-        source=model.source is not None,
+        source=model.context if model.source else 0,
     )
 
 
@@ -138,7 +138,6 @@ def empty(layout: Layout, rows: int) -> Batch:
             item=np.zeros((rows, M), np.int32),
             at=np.full((rows, N), -1, np.int32),
         )
-    zeros = np.zeros((rows, T), np.int32)
     return Batch(
         tokens=np.zeros((rows, T), np.int32),
         slot=np.full((rows, T), -1, np.int32),
@@ -148,5 +147,10 @@ def empty(layout: Layout, rows: int) -> Batch:
         target=np.zeros((rows, T), np.int32),
         weight=np.zeros((rows, T), np.float32),
         image=image,
-        source=Source(zeros, zeros[..., None], zeros) if layout.source else None,
+        source=_empty_source(rows, layout.source) if layout.source else None,
     )
+
+
+def _empty_source(rows: int, S: int) -> Source:
+    tokens, position, document = (np.zeros((rows, S, *more), np.int32) for more in ((), (1,), ()))
+    return Source(tokens, position, document)

@@ -216,6 +216,8 @@ class Data:
     cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
     tokenizer: str = "bpe"  # bpe | char: trained on the training split, kept in the workdir
     vocab: int = 512  # upper bound on the vocabulary of a trained BPE
+    start: str = ""  # the token with which an encoder-decoder's answer starts
+    end: str = "<end>"  # the token that ends an answer; imported tokenizers have their own
     pictures: str = "real"  # real | blank: the blind baseline's
     turns: int = 8  # questions of one picture in one training document, at most; 0: none is asked
     captions: int = 4  # captions of one picture in an epoch, at most, each in a document of its own
@@ -391,21 +393,22 @@ def from_json(text: str) -> Config:
 # ---- the door of every command
 
 
-def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
+def run(main: Callable[..., None], required: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> None:
     """Parses absl's flags and calls main(). Bad input is one line on stderr and exit status 2, no traceback.
 
-    Every command's __main__ is this call, so that bad input looks the same everywhere.
+    Every command's __main__ is this call, so that bad input looks the same everywhere. arguments: names of what is
+    given without a flag; main gets them.
     """
     try:
-        _parse_flags(required)
+        given = _parse_flags(required, arguments)
         logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their life at INFO and WARNING
-        main()
+        main(*given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _parse_flags(required: tuple[str, ...]) -> None:
+def _parse_flags(required: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except (AttributeError, KeyError) as error:  # a key that a locked ConfigDict does not have; it names the nearest
@@ -414,11 +417,15 @@ def _parse_flags(required: tuple[str, ...]) -> None:
         raise InputError(f"unknown config key {text}") from error
     except (flags.Error, OSError, ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}: flags are written --name=value or --name value")
+    if len(rest) > len(arguments):
+        odd = rest[len(arguments)]
+        raise InputError(f"unexpected argument {odd!r}: flags are written --name=value or --name value")
+    if len(rest) < len(arguments):
+        raise InputError(f"{arguments[len(rest)]} is missing: --help says what it is")
     for name in required:
         if flags.FLAGS[name].value is None:
             raise InputError(f"--{name} is missing: --help lists the flags")
+    return rest
 
 
 def from_flag(values: ml_collections.ConfigDict) -> Config:

@@ -40,7 +40,7 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
         workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared below
     records = sources.open_split(run.data, "train")  # before the folder is made: what is missing is said at once
     if resumes:
-        tokenizer = tokenizer_lib.load(folder / "tokenizer.json")
+        tokenizer = tokenizer_lib.load(folder / "tokenizer.json", run.data.end)
     else:
         tokenizer = tokenizer_lib.train(run.data.tokenizer, sources.corpus(run.data), run.data.vocab)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=run.model.vocab or tokenizer.vocab))

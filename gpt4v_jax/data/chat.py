@@ -29,6 +29,7 @@ class Document:
     weight: np.ndarray  # float32
     ar: np.ndarray  # bool
     pictures: tuple[tuple[int, int], ...] = ()  # (position of the first placeholder, key in the source)
+    source: tuple[int, ...] = ()  # tokens that a separate encoder reads
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -80,7 +80,7 @@ def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], la
     picture(key) -> uint8 [size, size, 3]. Raises ValueError where a trained target would be visible to its own query.
     """
     row = jax.tree.map(lambda x: x[0], batch_lib.empty(layout, 1))
-    start, items, patches = 0, 0, layout.grid**2
+    start, items, patches, read = 0, 0, layout.grid**2, 0
     for number, doc in enumerate(documents, 1):
         n, at = len(doc), slice(start, start + len(doc))
         if (doc.weight[:-1] * (~doc.ar[1:])).any():
@@ -96,7 +96,12 @@ def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], la
             row.slot[start + first : start + first + patches] = np.arange(slots.start, slots.stop)
             items += 1
         start += n
-    ids = np.concatenate([row.tokens, row.target])
+        if doc.source:
+            at = slice(read, read + len(doc.source))
+            row.source.tokens[at], row.source.document[at] = doc.source, number
+            row.source.position[at, 0] = np.arange(len(doc.source))
+            read = at.stop
+    ids = np.concatenate([row.tokens, row.target, *([row.source.tokens] if layout.source else [])])
     if ids.min() < 0 or ids.max() >= layout.vocab:
         odd = ids[(ids < 0) | (ids >= layout.vocab)][0]
         raise config.InputError(f"token id {odd} is outside the vocabulary of {layout.vocab}: is it this tokenizer's?")

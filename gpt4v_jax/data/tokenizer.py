@@ -15,13 +15,16 @@ SPECIALS = ("<pad>", "<end>", "<user>", "<assistant>", "<image>")
 
 
 class Tokenizer:
-    """encode, decode, the size of the vocabulary, and the ids of the special tokens (`special["<end>"]`)."""
+    """encode, decode, the size of the vocabulary, and the ids of the special tokens (`special["<end>"]`).
 
-    def __init__(self, inner: tokenizers.Tokenizer):
+    end: what the token is called that this tokenizer has for `<end>`.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, end: str = "<end>"):
         inner.encode_special_tokens = True  # "<end>" in a text is five characters, not the special token
         self._inner = inner
         self.vocab = inner.get_vocab_size(with_added_tokens=True)
-        ids = {name: inner.token_to_id(name) for name in SPECIALS}
+        ids = {name: inner.token_to_id(end if name == "<end>" else name) for name in SPECIALS}
         self.special = {name: id for name, id in ids.items() if id is not None}
 
     def encode(self, text: str) -> list[int]:
@@ -33,6 +36,16 @@ class Tokenizer:
                 raise config.InputError(f"the character {odd!r} is not in the vocabulary of {len(known)} characters")
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    def prompt(self, text: str) -> list[int]:
+        """`encode`, with what the tokenizer puts around every text: a first token (Llama), a last one (T5), or none."""
+        return self._inner.encode(text, add_special_tokens=True).ids if self._inner.post_processor else self.encode(text)
+
+    def id(self, token: str) -> int | None:
+        return self._inner.token_to_id(token)
+
+    def token(self, id: int) -> str | None:
+        return self._inner.id_to_token(id)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens are left out."""
         drop = set(self.special.values())
@@ -43,10 +56,13 @@ class Tokenizer:
         return self._inner.to_str(pretty=True)
 
 
-def load(path: Path) -> Tokenizer:
+def load(path: Path, end: str = "<end>") -> Tokenizer:
     if not path.is_file():
-        raise config.InputError(f"{path} is missing: the run's tokenizer belongs beside its config.json")
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        raise config.InputError(f"{path} is missing: a model's tokenizer belongs beside its config.json")
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), end)
+    except Exception as error:  # the library raises nothing more special
+        raise config.InputError(f"{path} is no tokenizer of the tokenizers library: {error}") from error
 
 
 def train(kind: str, texts: Iterable[str], vocab: int) -> Tokenizer:

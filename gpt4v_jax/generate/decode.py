@@ -38,6 +38,15 @@ def prompt(trained: Trained, text: str, pictures: Sequence[int] = ()) -> chat.Do
     if trained.layout.size:
         pieces = [chat.Piece("user", picture=key) for key in pictures] + [chat.Piece("user", ids)]
         return chat.document(pieces, special, trained.layout)
+    if trained.run.model.source:
+        start = trained.tokenizer.id(trained.run.data.start)
+        if start is None:
+            raise config.InputError(f"data.start={trained.run.data.start!r} is no token: which one starts an answer?")
+        return chat.Document(
+            np.array([start], np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32), np.ones(1, bool),
+            source=tuple(trained.tokenizer.prompt(text)),
+        )  # fmt: skip
+    ids = trained.tokenizer.prompt(text)
     if not ids:
         raise config.InputError("the prompt is empty: a model of plain text needs at least one character")
     return chat.shifted(np.array(ids, np.int32), np.zeros(len(ids), bool), np.ones(len(ids), bool))
@@ -54,7 +63,9 @@ def generate(
 ) -> list[Answer]:
     """-> one Answer a prompt. pictures: uint8 [size,size,3], indexed by the prompts' keys; seeds: one a prompt."""
     context, end = trained.layout.context, trained.tokenizer.special.get("<end>", -1)
-    longest = max(map(len, prompts))
+    if not trained.run.model.causal:
+        raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
+    longest = max(max(len(p), len(p.source)) for p in prompts)
     if longest >= context:
         raise config.InputError(
             f"the prompt has {longest} positions (pictures included), the model's context is {context}: "
@@ -69,8 +80,9 @@ def generate(
         raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
 
     width = min(-(-longest // BUCKET) * BUCKET, context)
+    source = width if trained.layout.source else 0
     items = max(len(p.pictures) for p in prompts)
-    layout = dataclasses.replace(trained.layout, context=width, items=items)
+    layout = dataclasses.replace(trained.layout, context=width, items=items, source=source)
     batch = packing.stack([packing.fill([p], lambda key: pictures[key], layout) for p in prompts])
     blocks = -(-min(max_new_tokens, context - 1) // BLOCK)
     logits, cache = prefill(trained.model, trained.params, batch, width + blocks * BLOCK)

@@ -230,8 +230,8 @@ def write_config(family: Family, ours) -> dict[str, Any]:
         value = flat.get(key.ours[0], key.default) if key.ours else key.default
         value = {o: t for t, o in key.values}.get(value, value) if isinstance(value, (str, int, float)) else value
         _set(theirs, key.theirs, list(value) if isinstance(value, tuple) else value)
-    theirs |= family.write(ours) | {"model_type": family.model_type, "architectures": [family.architectures[0]]}
-    theirs = _merge(theirs, family.extra)
+    theirs |= {"model_type": family.model_type, "architectures": [family.architectures[0]]}
+    theirs = _merge(_merge(theirs, family.extra), family.write(ours))
     again = read_config(theirs, f"a {family.model_type}")
     for name, (here, there) in config.differences(ours, again).items():
         if name.rpartition(".")[2] not in ("dropout", "init_std"):  # those matter to training alone
@@ -281,14 +281,15 @@ def module_of(ours):
     """-> (the Flax module of a config, the arguments that it is initialised with)."""
     if isinstance(ours, config.Model):
         # Two positions: the stream's length changes no parameter, and a short one is quick to trace.
-        layout = dataclasses.replace(batch_lib.layout(ours, config.Data()), context=2)
+        layout = batch_lib.layout(ours, config.Data())
+        layout = dataclasses.replace(layout, context=2, source=min(layout.source, 2))
         return GPT4V(ours, layout), (batch_lib.empty(layout, 1),)
     image = ours.image if isinstance(ours, config.Towers) else ours
     patches = np.zeros((1, image.grid**2, image.patch**2 * 3), np.uint8)
     pictures = (patches, np.zeros((*patches.shape[:2], 3), np.int32))
     if isinstance(ours, config.Image):
         return ImageTower(ours), pictures
-    return Towers(ours), (*pictures, batch_lib.empty(batch_lib.layout(ours.text, config.Data()), 1))
+    return Towers(ours), (*pictures, batch_lib.empty(dataclasses.replace(batch_lib.layout(ours.text, config.Data()), context=2), 1))
 
 
 def abstract_params(ours) -> dict[str, jax.ShapeDtypeStruct]:
@@ -374,7 +375,7 @@ def to_theirs(tensor: Tensor, params: dict[str, Any]) -> np.ndarray:
     for path, sizes in zip(tensor.paths, tensor.sizes, strict=True):
         x = np.asarray(params[path])
         parts.append(_rearranged(x, f"{right} -> {left}", sizes).reshape(_their_shape(tensor.row.shape, sizes)))
-    return np.ascontiguousarray(np.concatenate(parts, tensor.row.axis) if len(parts) > 1 else parts[0])
+    return np.asarray(np.concatenate(parts, tensor.row.axis) if len(parts) > 1 else parts[0], order="C")
 
 
 def located(folder: Folder, family: Family, tensors: list[Tensor]) -> tuple[dict[str, str], list[str]]:
@@ -433,10 +434,9 @@ def load(path: Path | str, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
     ours = read_config(folder.config, str(folder.path / "config.json"))
     if dtype != "keep":
         config.one_of("dtype", dtype, (*DTYPES, "keep"))
-    abstract = abstract_params(ours)
-    tensors = tensors_of(family, ours, abstract)
+    ours = tied_as_in(folder, family, ours)
+    tensors = tensors_of(family, ours, abstract_params(ours))
     names, _ = located(folder, family, tensors)
-    check_repeats(folder, family, names)
     params = {name: put(x, name, DTYPES.get(dtype), mesh) for name, x in arrays(folder, family, tensors, names)}
     return Imported(family, ours, flax.traverse_util.unflatten_dict(params, sep="/"), folder.config)
 
@@ -450,20 +450,35 @@ def put(x: np.ndarray, path: str, dtype, mesh: jax.sharding.Mesh | None) -> jax.
     return jax.make_array_from_callback(x.shape, place, lambda at: np.asarray(x[at], dtype=dtype))
 
 
-def check_repeats(folder: Folder, family: Family, names: dict[str, str]) -> None:
-    """A tied matrix may be in a file twice: then both must be the same, or the model is another than its config says."""
-    used = set(names.values())
-    for name in folder.files.keys() - used:
-        if not name.endswith(("lm_head.weight", "embed_tokens.weight", "decoder.weight")):
+def tied_as_in(folder: Folder, family: Family, ours):
+    """A tied matrix may be in a file twice. -> `ours`, untied where the head differs from the table, as the reference
+    does it; any other repeat that differs is an error."""
+    if not isinstance(ours, config.Model):
+        return ours
+    names = {row.paths[0]: row.theirs for row in family.rows}
+    there = {name if name in folder.files else name.removeprefix(family.base): path for path, name in names.items()}
+    table = next((name for name, path in there.items() if path == "text/embed/table" and name in folder.files), None)
+    if table is None:  # `located` says so
+        return ours
+    for name in folder.files:
+        if name == table or not re.search(r"(lm_head|embed_tokens|predictions\.decoder)\.weight$", name):
             continue
-        twins = [n for n in used if folder.shapes[n] == folder.shapes[name] and n.endswith(
-            ("wte.weight", "embed_tokens.weight", "shared.weight", "word_embeddings.weight"))]  # fmt: skip
-        with opened(folder.files[name]) as one:
-            x = one.get_tensor(name)
-        for twin in twins:
-            with opened(folder.files[twin]) as other:
-                if not np.array_equal(x, other.get_tensor(twin)):
-                    raise config.InputError(f"{folder.path}: the config ties {name} to {twin}, but they differ")
+        if names.get("head/kernel") == name and not ours.tied or _same(folder, name, table):
+            continue
+        if names.get("head/kernel") != name:
+            raise config.InputError(f"{folder.path}: {name} repeats {table}, but they differ")
+        ours = dataclasses.replace(ours, tied=False)
+    return ours
+
+
+def _same(folder: Folder, one: str, other: str) -> bool:
+    """Are two tensors equal? Compared in pieces, for they may be large."""
+    if folder.shapes[one] != folder.shapes[other]:
+        return False
+    with opened(folder.files[one]) as file, opened(folder.files[other]) as other_file:
+        left, right = file.get_slice(one), other_file.get_slice(other)
+        pieces = range(0, folder.shapes[one][0], 4096)
+        return all(np.array_equal(left[i : i + 4096], right[i : i + 4096]) for i in pieces)
 
 
 def local(path: Path | str) -> Path:

@@ -58,19 +58,20 @@ class Checkpoints:
         return self.latest() if best is None else best
 
     def save(self, state: State, metrics: dict[str, float] | None = None) -> None:
-        """Starts writing; `metrics` are those of the evaluation at this step, if there was one."""
+        """Starts writing; `metrics` are those of the evaluation at this step, if there was one.
+
+        A state whose opt_state is empty, such as an imported model's, has no item `optimizer`.
+        """
         metrics = {k: float(v) for k, v in (metrics or {}).items()}
         if self._best and self._best[0] not in metrics:
             metrics = None
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.opt_state),
-                position=ocp.args.JsonSave({"step": int(state.step)}),
-            ),
-            metrics=metrics,
-        )
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "position": ocp.args.JsonSave({"step": int(state.step)}),
+        }
+        if jax.tree.leaves(state.opt_state):
+            items["optimizer"] = ocp.args.StandardSave(state.opt_state)
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, state: State, step: int) -> State:
         """-> the state at `step`, in the shapes and shardings of `state`, which is given up."""

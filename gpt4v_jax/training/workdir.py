@@ -104,7 +104,7 @@ def load_config(workdir: Path) -> config.Config:
 def restore(workdir: Path, step: int | None = None) -> Trained:
     """-> the best checkpoint (by the run's metric, else the newest) or the one at `step`; nothing is written."""
     run = load_config(workdir)
-    tokenizer = tokenizer_lib.load(workdir / "tokenizer.json")
+    tokenizer = tokenizer_lib.load(workdir / "tokenizer.json", run.data.end)
     layout = batch_lib.layout(run.model, run.data)
     # Devices may be fewer than in training: all of them along data.
     mesh = sharding.make_mesh(config.Mesh())

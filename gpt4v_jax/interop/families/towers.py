@@ -91,6 +91,11 @@ def _projected(theirs: dict) -> dict:
     return {"pool": "class", "classes": theirs.get("projection_dim", 512)} if with_head else {}
 
 
+def _write_projected(c: config.Image) -> dict:
+    with_head = {"architectures": ["CLIPVisionModelWithProjection"], "projection_dim": c.classes}
+    return with_head if c.classes else {}
+
+
 CLIP = Family(
     "clip", ("CLIPModel",), config.Towers, (
         *_image_keys("vision_config.", "image.", *_CLIP_IMAGE), *_text_keys("quick_gelu", 1e-5, 49408, 77),
@@ -104,7 +109,7 @@ CLIP = Family(
 CLIP_IMAGE = Family(
     "clip_vision_model", ("CLIPVisionModel", "CLIPVisionModelWithProjection"), config.Image,
     _image_keys("", "", *_CLIP_IMAGE), _image_rows(""), _fixed("", **_CLIP), _projected,
-    lambda c: {"projection_dim": c.classes or 512}, base="vision_model.", buffers=r"position_ids$",
+    _write_projected, base="vision_model.", buffers=r"position_ids$",
     preprocessor="CLIPImageProcessor",
 )  # fmt: skip
 SIGLIP = Family(

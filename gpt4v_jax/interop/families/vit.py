@@ -45,7 +45,8 @@ def _vit_read(theirs: dict) -> dict:
 
 def _vit_write(c: config.Image) -> dict:
     labels = {str(i): f"LABEL_{i}" for i in range(c.classes)}
-    return {"qkv_bias": "qkv" in c.encoder.bias, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+    bare = {} if c.classes else {"architectures": ["ViTModel"]}
+    return bare | {"qkv_bias": "qkv" in c.encoder.bias, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
 
 
 def _swiglu_hidden(width: int, ratio) -> int:

@@ -1,0 +1,124 @@
+"""Weights in and out.
+
+    python -m gpt4v_jax.interop inspect DIR                       what a Hugging Face folder (or hub name) holds
+    python -m gpt4v_jax.interop import DIR --workdir W            a language model -> a workdir, for generate and training
+    python -m gpt4v_jax.interop import FILE.bin --tokenizer TOK.bin --workdir W        the same from a llama2.c file
+    python -m gpt4v_jax.interop export W --out DIR --family llama                      a workdir -> from_pretrained's folder
+
+An encoder alone, or a language model in a larger one, is named in a config: init_from (docs/interop.md).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from gpt4v_jax import config, sharding
+from gpt4v_jax.data import tokenizer as tokenizer_lib
+from gpt4v_jax.interop import hf, llama2c
+from gpt4v_jax.model import flops
+from gpt4v_jax.training import checkpoint, workdir
+from gpt4v_jax.training.step import State
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "import: the folder that the model goes to", allow_override=True)
+_OUT = flags.DEFINE_string("out", None, "export: the folder to write; it must not be there yet", allow_override=True)
+_FAMILY = flags.DEFINE_string("family", None, "export: the model_type to write, where it was not imported as one")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "import: a tokenizer.json, or a llama2.c tokenizer, from elsewhere")
+_DTYPE = flags.DEFINE_string("dtype", None, "of the parameters: float32 | bfloat16 | float16 | keep; import: float32, "
+                             "export: keep")  # fmt: skip
+_SHARD_MB = flags.DEFINE_integer("shard_mb", hf.SHARD_BYTES >> 20, "export: files of at most so many MiB")
+
+
+def inspect(name: str) -> None:
+    folder = hf.Folder(hf.local(name))
+    where = str(folder.path / "config.json")
+    family = hf.family_of(folder.config, where)
+    ours = hf.tied_as_in(folder, family, hf.read_config(folder.config, where))
+    params = hf.abstract_params(ours)
+    names, unread = hf.located(folder, family, hf.tensors_of(family, ours, params))
+    counts = flops.parameters(params)
+    print(f"{folder.path}: {family.model_type}, {len(names)} tensors in {len(set(folder.files.values()))} files")
+    print(f"parameters {sum(counts.values()):,} ({', '.join(f'{module} {n:,}' for module, n in counts.items())})")
+    for weight in unread:
+        print(f"not read: {weight}, our model has no place for it")
+    print(f"as config.{type(ours).__name__}:\n{json.dumps(dataclasses.asdict(ours), indent=2)}")
+
+
+def import_(name: str) -> None:
+    """A language model -> a workdir with a checkpoint of step 0."""
+    folder = Path(needed("workdir", _WORKDIR.value))
+    if (folder / "config.json").exists():
+        raise config.InputError(f"--workdir={folder} holds a run already: name another folder")
+    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=-1))
+    if Path(name).suffix == ".bin":
+        imported, tokenizer = llama2c.load(Path(name), Path(needed("tokenizer", _TOKENIZER.value)), mesh)
+    else:
+        source = hf.local(name)
+        kind = hf.family_of(hf.Folder(source).config, f"{source}/config.json").kind
+        if kind is not config.Model:
+            raise config.InputError(
+                f"{name} is an encoder (config.{kind.__name__}), not a language model: name it in a config's "
+                f"init_from.image={name!r}"
+            )
+        path = Path(_TOKENIZER.value) if _TOKENIZER.value else source / "tokenizer.json"
+        if not path.is_file():
+            raise config.InputError(f"{path} is missing: give a tokenizer.json with --tokenizer")
+        tokenizer = tokenizer_lib.load(path)
+        imported = hf.load(source, _DTYPE.value or "float32", mesh)
+    if tokenizer.vocab > imported.config.vocab:
+        raise config.InputError(
+            f"the tokenizer has {tokenizer.vocab} tokens, the model {imported.config.vocab}: they do not belong together"
+        )
+    start, end = (_token(tokenizer, imported.theirs, f"{name}_token_id") for name in ("decoder_start", "eos"))
+    data = config.Data(name="", start=start or "", end=end or "<end>")
+    workdir.create(folder)
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(State(0, imported.params, {}))
+    checkpoints.wait()
+    checkpoints.close()
+    (folder / "hf_config.json").write_text(json.dumps(imported.theirs, indent=2))
+    workdir.describe(folder, config.Config(model=imported.config, data=data), tokenizer)
+    counts = flops.parameters(imported.params)
+    print(f"{name}: {imported.family.model_type}, {sum(counts.values()):,} parameters -> {folder}")
+
+
+def _token(tokenizer: tokenizer_lib.Tokenizer, theirs: dict, key: str) -> str | None:
+    ids = theirs.get(key)
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return tokenizer.token(first) if isinstance(first, int) else None
+
+
+def export(name: str) -> None:
+    out, folder = Path(needed("out", _OUT.value)), Path(name)
+    run = workdir.load_config(folder)
+    theirs = hf.read_json(folder / "hf_config.json") if (folder / "hf_config.json").is_file() else {}
+    family = hf.family_of({"model_type": _FAMILY.value or needed("family", theirs.get("model_type"))}, "--family")
+    hf.write_config(family, run.model)  # what the family cannot say is said before anything is read
+    trained = workdir.restore(folder)
+    special = {"eos_token_id": trained.tokenizer.special.get("<end>")}
+    theirs = theirs or {key: value for key, value in special.items() if value is not None}
+    imported = hf.Imported(family, trained.run.model, trained.params, theirs)
+    hf.save(imported, out, trained.tokenizer.to_json(), dtype=_DTYPE.value or "keep", shard_bytes=_SHARD_MB.value << 20)
+    print(f"{folder} at step {trained.step} -> {out}: {family.architectures[0]}")
+
+
+def needed(flag: str, value: str | None) -> str:
+    if not value:
+        raise config.InputError(f"--{flag} is missing: --help says what it is")
+    return value
+
+
+ACTIONS = {"import": import_, "export": export, "inspect": inspect}
+
+
+def main(action: str, name: str) -> None:
+    config.one_of("the action", action, tuple(ACTIONS))
+    if _DTYPE.value:
+        config.one_of("dtype", _DTYPE.value, (*hf.DTYPES, "keep"))
+    config.at_least(1, shard_mb=_SHARD_MB.value)
+    ACTIONS[action](name)
+
+
+if __name__ == "__main__":
+    config.run(main, arguments=("the action (import, export or inspect)", "the folder"))
