@@ -214,7 +214,7 @@ class Data:
     name: str = "digits_world"  # a data set of gpt4v_jax.data.datasets
     dir: str = ""  # where raw files are looked for; "" means the environment's GPT4V_DATA_DIR
     cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
-    tokenizer: str = "bpe"  # bpe | char: trained on the training split, kept in the workdir
+    tokenizer: str = "bpe"  # bpe | char: trained on the training split | a tokenizer.json; kept in the workdir
     vocab: int = 512  # upper bound on the vocabulary of a trained BPE
     start: str = ""  # the token with which an encoder-decoder's answer starts
     end: str = "<end>"  # the token that ends an answer; imported tokenizers have their own
@@ -283,6 +283,14 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitFrom:
+    """Folders (or hub names) of pretrained weights, by the part that they fill; "": it starts from random values."""
+
+    backbone: str = ""  # a language model: text embedding, backbone, head
+    image: str = ""  # an image encoder
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
     steps: int = 1000
@@ -291,6 +299,7 @@ class Config:
     save_every: int = 500
     mesh: Mesh = Mesh()
     model: Model = Model()
+    init_from: InitFrom = InitFrom()
     data: Data = Data()
     optim: Optim = Optim()
     eval: Eval = Eval()
@@ -319,6 +328,11 @@ def section(cls) -> ml_collections.ConfigDict:
         else:
             values[field.name] = field.default
     return ml_collections.ConfigDict(values)
+
+
+def sections(values: Mapping) -> ml_collections.ConfigDict:
+    """A nested mapping -> what `update` of a config file's section takes, sections that are None by default included."""
+    return ml_collections.ConfigDict(dict(values))
 
 
 def arguments(arg: str, **defaults: str) -> dict[str, str]:

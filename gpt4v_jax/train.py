@@ -17,6 +17,7 @@ from gpt4v_jax import eval as eval_lib
 from gpt4v_jax.data import packing, pipeline, sources
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.eval import common
+from gpt4v_jax.interop import parts
 from gpt4v_jax.model import flops
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import checkpoint, metrics, optim, workdir
@@ -55,6 +56,10 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     model = GPT4V(run.model, layout)
     tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
     state = step_lib.init_state(model, tx, run.seed, mesh)
+    came_from = []
+    if not resumes:
+        params, came_from = parts.initialise(state.params, run, mesh)
+        state = state.replace(params=params)
     workdir.create(folder)
     checkpoints = checkpoint.Checkpoints(folder, run.eval.best, run.eval.best_mode)
     if resumes:
@@ -85,7 +90,7 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     spent = minutes[-1] if minutes else 0.0
     log = metrics.Log(folder, start)
     progress = metrics.Progress(run.steps, start)
-    progress.line(summary(run, layout, state.params, mesh, source, tokenizer, start))
+    progress.line("\n".join([summary(run, layout, state.params, mesh, source, tokenizer, start), *came_from]))
     batches = pipeline.batches(source, plan, layout, run.batch, start, run.steps, run.data.threads)
     row_tokens = run.batch * run.model.context
     results, evaluated = {}, 0  # the newest evaluation, and its step

@@ -22,38 +22,38 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, end: str = "<end>"):
         inner.encode_special_tokens = True  # "<end>" in a text is five characters, not the special token
-        self._inner = inner
+        self.inner = inner
         self.vocab = inner.get_vocab_size(with_added_tokens=True)
         ids = {name: inner.token_to_id(end if name == "<end>" else name) for name in SPECIALS}
         self.special = {name: id for name, id in ids.items() if id is not None}
 
     def encode(self, text: str) -> list[int]:
         """Raises InputError for a character that a character vocabulary does not have."""
-        if isinstance(self._inner.model, models.WordLevel):
-            known = self._inner.get_vocab()
+        if isinstance(self.inner.model, models.WordLevel):
+            known = self.inner.get_vocab()
             odd = next((char for char in text if char not in known), None)
             if odd is not None:
                 raise config.InputError(f"the character {odd!r} is not in the vocabulary of {len(known)} characters")
-        return self._inner.encode(text, add_special_tokens=False).ids
+        return self.inner.encode(text, add_special_tokens=False).ids
 
     def prompt(self, text: str) -> list[int]:
         """`encode`, with what the tokenizer puts around every text: a first token (Llama), a last one (T5), or none."""
-        return self._inner.encode(text, add_special_tokens=True).ids if self._inner.post_processor else self.encode(text)
+        return self.inner.encode(text, add_special_tokens=True).ids if self.inner.post_processor else self.encode(text)
 
     def id(self, token: str) -> int | None:
-        return self._inner.token_to_id(token)
+        return self.inner.token_to_id(token)
 
     def token(self, id: int) -> str | None:
-        return self._inner.id_to_token(id)
+        return self.inner.id_to_token(id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens are left out."""
         drop = set(self.special.values())
-        return self._inner.decode([int(i) for i in ids if int(i) not in drop], skip_special_tokens=False)
+        return self.inner.decode([int(i) for i in ids if int(i) not in drop], skip_special_tokens=False)
 
     def to_json(self) -> str:
         """What `load` reads from a file."""
-        return self._inner.to_str(pretty=True)
+        return self.inner.to_str(pretty=True)
 
 
 def load(path: Path, end: str = "<end>") -> Tokenizer:
@@ -66,8 +66,13 @@ def load(path: Path, end: str = "<end>") -> Tokenizer:
 
 
 def train(kind: str, texts: Iterable[str], vocab: int) -> Tokenizer:
-    """kind "char": the corpus's characters in sorted order, no special tokens; "bpe": at most `vocab` tokens."""
-    config.one_of("data.tokenizer", kind, ("char", "bpe"))
+    """kind "char": the corpus's characters in sorted order, no special tokens; "bpe": at most `vocab` tokens; a path
+    ending in .json: that tokenizer, with our special tokens behind its own vocabulary."""
+    if kind.endswith(".json"):
+        loaded = load(Path(kind))
+        loaded.inner.add_special_tokens(list(SPECIALS))
+        return Tokenizer(loaded.inner)
+    config.one_of("data.tokenizer", kind, ("char", "bpe", "*.json"))
     return _characters(texts) if kind == "char" else _bpe(texts, vocab)
 
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
             q, k, v = (shard(x, "batch", None, "heads") for x in (q, k, v))
             if kv is not None:
                 at = (0, sight.cursor, 0, 0)
-                k, v = (jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(kv, (k, v), strict=True))
+                k, v = (jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at) for old, new in zip(kv, (k, v), strict=True))
         else:
             k, v = kv
         x_BTNH = attention.attend(q, k, v, sight, c.attention_scale or None, c.attention_cap, self.window, bias)
