@@ -10,11 +10,13 @@ import copy
 import dataclasses
 import json
 import platform
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,6 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.interop import hf
-from gpt4v_jax.model import attention
 from gpt4v_jax.training import workdir
 
 _OUT = flags.DEFINE_string("out", None, "a folder for parity.md; without it the table is only printed")
@@ -44,6 +45,7 @@ class Case:
     kind: str
     values: dict[str, Any]
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the class and of its from_pretrained
+    untied: bool = False  # the head is another matrix than the table, whatever the config says (FLAN-T5)
 
 
 _TEXT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
@@ -65,8 +67,8 @@ CASES = {
     "gpt2": Case("GPT2LMHeadModel", "decoder", {
         "vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 56, "n_positions": 64,
         "layer_norm_epsilon": 1e-4, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None}),
-    "llama": Case("LlamaForCausalLM", "decoder", _GQA | {"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"},
-                                                        "head_dim": 12}),
+    "llama": Case("LlamaForCausalLM", "decoder", _GQA | {
+        "rope_parameters": {"rope_theta": 700.0, "rope_type": "default"}, "head_dim": 12}),
     "llama, tied, biases": Case("LlamaForCausalLM", "decoder", _GQA | {
         "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama, linear rope": Case("LlamaForCausalLM", "decoder", _GQA | _rope("linear")),
@@ -78,6 +80,7 @@ CASES = {
     "qwen2": Case("Qwen2ForCausalLM", "decoder", _GQA | {
         "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": Case("Qwen3ForCausalLM", "decoder", _GQA | {"head_dim": 12, "attention_bias": True}),
+    "qwen3, square": Case("Qwen3ForCausalLM", "decoder", _GQA | {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma": Case("GemmaForCausalLM", "decoder", _GQA | {"head_dim": 12, "num_key_value_heads": 1}),
     "gemma2": Case("Gemma2ForCausalLM", "decoder", _GQA | {
         "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0,
@@ -90,6 +93,8 @@ CASES = {
     "t5": Case("T5ForConditionalGeneration", "seq2seq", _T5 | {"initializer_factor": 1.0}),
     "t5, v1.1": Case("T5ForConditionalGeneration", "seq2seq", _T5 | {
         "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5, v1.1, untied": Case("T5ForConditionalGeneration", "seq2seq", _T5 | {
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, untied=True),
     "bart": Case("BartForConditionalGeneration", "seq2seq", {
         "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 56, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
@@ -113,7 +118,8 @@ CASES = {
 
 
 def reference(name: str, seed: int = 0):
-    """-> the reference with random weights: matrices by its own initialisation, vectors (biases, norms) moved by 0.2."""
+    """-> the reference with random weights: matrices by its own initialisation, vectors (biases, norms) moved by 0.2,
+    tables of embeddings small."""
     import torch
     import transformers
 
@@ -123,10 +129,14 @@ def reference(name: str, seed: int = 0):
     made = architecture.config_class(**copy.deepcopy(case.values))
     made._attn_implementation = "eager"
     model = architecture(made, **case.arguments).eval()
+    if case.untied:
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn_like(model.lm_head.weight))
     with torch.no_grad():
         for path, p in model.named_parameters():
-            if p.ndim < 2 or "probe" in path or "token" in path or "position" in path:
+            if p.ndim < 2 or "probe" in path or "cls_token" in path or "position_embeddings" in path:
                 p.add_(0.2 * torch.randn_like(p))
+            if re.search(r"(wte|wpe|embed_tokens|word_embeddings|shared|embed_positions)\.weight$", path):
+                p.mul_(0.05)  # so that the first norm's eps matters
         for path, buffer in model.named_buffers():
             if path == "final_logits_bias":
                 buffer.add_(0.2 * torch.randn_like(buffer))
@@ -210,7 +220,8 @@ def _generation(imported, model, kind: str) -> dict[str, Any]:
         options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
         if source is None:  # the reference wants its padding on the left
             left = np.stack([np.roll(row, np.sum(~m)) for row, m in zip(tokens, mask, strict=True)])
-            given = {"input_ids": torch.tensor(left).long(), "attention_mask": torch.tensor(mask[:, ::-1].copy()).long()}
+            seen = torch.tensor(mask[:, ::-1].copy()).long()
+            given = {"input_ids": torch.tensor(left).long(), "attention_mask": seen}
             theirs = model.generate(**given, **options).numpy()[:, -NEW:]
         else:
             start = model.config.decoder_start_token_id
@@ -243,9 +254,10 @@ def _generation(imported, model, kind: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _pictures(c: config.Image, rows: int):
-    """-> (our patches and indices, their pixel_values)."""
+def _pictures(c: config.Image, model, rows: int):
+    """-> (our patches and indices, their pixel_values, by the constants that they normalise with)."""
     import torch
+    from transformers import image_utils
 
     from gpt4v_jax.data import packing
 
@@ -253,14 +265,16 @@ def _pictures(c: config.Image, rows: int):
     patches = np.stack([packing.patchify(picture, c.patch) for picture in pictures])
     index = np.zeros((*patches.shape[:2], 3), np.int32)
     index[..., 1:] = np.indices((c.grid, c.grid)).reshape(2, -1).T
-    pixels = (pictures / 255 - np.array(c.mean)) / np.array(c.std)
+    kind = {"clip": "OPENAI_CLIP", "dino": "IMAGENET_DEFAULT"}.get(model.config.model_type[:4], "IMAGENET_STANDARD")
+    mean, std = (np.array(getattr(image_utils, f"{kind}_{name}")) for name in ("MEAN", "STD"))
+    pixels = (pictures / 255 - mean) / std
     return patches, index, torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
 
 
 def _image(imported, model, kind: str) -> dict[str, Any]:
     import torch
 
-    patches, index, pixels = _pictures(imported.config, 3)
+    patches, index, pixels = _pictures(imported.config, model, 3)
     with torch.no_grad():
         out = model(pixel_values=pixels)
     c, module = imported.config, hf.module_of(imported.config)[0]
@@ -281,7 +295,7 @@ def _towers(imported, model, kind: str) -> dict[str, Any]:
     import torch
 
     c = imported.config
-    patches, index, pixels = _pictures(c.image, 3)
+    patches, index, pixels = _pictures(c.image, model, 3)
     tokens, mask = _padded(LENGTHS)
     given = {"input_ids": torch.tensor(tokens).long(), "pixel_values": pixels}
     if c.text.causal:
@@ -320,8 +334,6 @@ def compare(name: str, folder: Path, seed: int = 0) -> dict[str, Any]:
     result["missing"], result["unexpected"] = len(info["missing_keys"]), len(info["unexpected_keys"])
     left, right = model.state_dict(), again.state_dict()
     unread = imported.family.unread or "$^"
-    import re
-
     differing = [k for k in left if not re.search(unread, k) and not torch.equal(left[k], right[k])]
     result["tensors"], result["differing"] = len(left), len(differing)
     result["parameters"] = sum(x.size for x in jax.tree.leaves(imported.params))
@@ -341,13 +353,123 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# ---- planted bugs: each must be seen
+
+
+def _with(section: str, **values) -> Callable[[hf.Imported], hf.Imported]:
+    """A bug in the config's section "backbone", "image" ...; "" is the config itself."""
+
+    def plant(imported: hf.Imported) -> hf.Imported:
+        def changed(c, names):
+            return dataclasses.replace(c, **(
+                {names[0]: changed(getattr(c, names[0]), names[1:])} if names else values
+            ))  # fmt: skip
+
+        return dataclasses.replace(imported, config=changed(imported.config, section.split(".") if section else []))
+
+    return plant
+
+
+def _moved(path: str, move: Callable) -> Callable[[hf.Imported], hf.Imported]:
+    """A bug in one parameter."""
+
+    def plant(imported: hf.Imported) -> hf.Imported:
+        flat = flax.traverse_util.flatten_dict(imported.params, sep="/")
+        flat[path] = move(flat, flat[path])
+        return dataclasses.replace(imported, params=flax.traverse_util.unflatten_dict(flat, sep="/"))
+
+    return plant
+
+
+def _transposed(flat, x):
+    return x.reshape(x.shape[0], -1).T.reshape(x.shape)
+
+
+_QUERY = "backbone/block_0/attention/query/kernel"
+PLANTED = {  # what is wrong -> (the case that must see it, the bug)
+    "rope theta 10,000 for 700": ("llama", _with("backbone", rope_theta=10_000.0)),
+    "rope scaling left out": ("llama, llama3 rope", _with("backbone", rope_scaling=config.RopeScaling())),
+    "eps 1e-6 for 1e-5": ("llama", _with("backbone", norm_eps=1e-6)),
+    "exact GELU for tanh": ("gpt2", _with("backbone", activation="gelu")),
+    "tanh GELU for exact": ("bert", _with("backbone", activation="gelu_tanh")),
+    "exact GELU for quick": ("clip", _with("image.encoder", activation="gelu")),
+    "a query matrix transposed": ("qwen3, square", _moved(_QUERY, _transposed)),
+    "keys for queries": ("llama, tied, biases", _moved(_QUERY, lambda flat, x: flat[_QUERY.replace("query", "key")])),
+    "window 9 for 8": ("mistral", _with("backbone", window=9)),
+    "all layers local": ("gemma2", _with("backbone", pattern=("local",))),
+    "scale w for 1 + w": ("gemma", _with("backbone", norm="rms")),
+    "embeddings not scaled": ("gemma", _with("", embed_scale=1.0)),
+    "no cap on attention": ("gemma2", _with("backbone", attention_cap=0.0)),
+    "local theta for all": ("gemma3_text", _with("backbone", local_theta=0.0)),
+    "relative positions up to 30 for 15": ("t5", _with("source", bucket_distance=30)),
+    "attention scaled": ("t5", _with("backbone", attention_scale=0.0)),
+    "position offset 1 for 2": ("bart", _with("", position_offset=1, context=65)),
+    "a norm's scale off by 0.1 %": ("bert", _moved("backbone/block_1/mlp_norm/scale", lambda flat, x: x * 1.001)),
+    "layer scale 1": ("dinov2", _moved("encoder/block_0/mlp_scale/value", lambda flat, x: x * 0 + 1)),
+    "pixel mean of ViT for CLIP": ("clip", _with("image", mean=(0.5, 0.5, 0.5))),
+}
+
+
+def planted(name: str, folder: Path) -> tuple[str, float, float]:
+    """-> (the case that looks for a planted bug, its difference without and with the bug)."""
+    case, plant = PLANTED[name]
+    model = reference(case)
+    write(model, folder / "reference")
+    imported = hf.load(folder / "reference")
+    side, kind = SIDES[CASES[case].kind], CASES[case].kind
+    return case, side(imported, model, kind)["difference"], side(plant(imported), model, kind)["difference"]
+
+
+PAGE = """# Our layers beside Hugging Face's
+
+Made by `python -m benchmarks.parity --out docs/results` at commit {commit}, Python {python}, jax {jax}, torch {torch},
+transformers {transformers}, on a CPU, float32. The references are tiny models with random weights (initializer_range
+0.2, so that every operation matters; biases, norms and eps away from their defaults), in padded batches. The same
+comparisons are tests (tests/interop/test_parity.py), with a bound of 1e-4 on the first column.
+
+{table}
+
+- Largest difference of all families: {worst:.1e}.
+- "Max abs difference / std" is over all logits or features of positions that are no padding; for towers over both
+  vectors and the scores of all pairs.
+- "Cached - uncached": logits after the prompt and after the last of {new} greedy tokens, by prefill and cached steps
+  against one forward pass over the whole row.
+- The round trip is reference -> import -> export -> the reference's `from_pretrained`; "differing" counts tensors that
+  are not bit-equal.
+
+## Can it fail?
+
+Each row is a bug, planted in our side, and the case that must see it.
+
+| planted | case | difference without | with the bug |
+|---|---|---|---|
+{planted}
+"""
+
+
 def main() -> None:
-    results = {}
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    results, bugs = {}, []
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = compare(name, Path(folder))
         print(name, json.dumps(results[name]), flush=True)
+    for name in PLANTED:
+        with tempfile.TemporaryDirectory() as folder:
+            case, good, bad = planted(name, Path(folder))
+        bugs.append(f"| {name} | {case} | {good:.1e} | {bad:.1e} |")
+        print(bugs[-1], flush=True)
     print(table(results))
+    if _OUT.value:
+        page = PAGE.format(
+            commit=workdir.environment()["commit"], python=platform.python_version(), jax=jax.__version__,
+            torch=torch.__version__, transformers=transformers.__version__, table=table(results), new=NEW,
+            worst=max(r["difference"] for r in results.values()), planted="\n".join(bugs),
+        )  # fmt: skip
+        (Path(_OUT.value) / "parity.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class Backbone:
         for kind in self.pattern:
             one_of("pattern", kind, ("global", "local", "cross"))
         if not self.pattern or "local" in self.pattern and not self.window:
-            raise InputError(f"pattern={self.pattern} with window={self.window}: name kinds, and for local set a window")
+            raise InputError(f"pattern={self.pattern}, window={self.window}: name kinds, and for local set a window")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -331,7 +331,7 @@ def section(cls) -> ml_collections.ConfigDict:
 
 
 def sections(values: Mapping) -> ml_collections.ConfigDict:
-    """A nested mapping -> what `update` of a config file's section takes, sections that are None by default included."""
+    """A nested mapping -> what `update` of a config file's section takes, also where a section is None by default."""
     return ml_collections.ConfigDict(dict(values))
 
 

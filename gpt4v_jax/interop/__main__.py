@@ -1,9 +1,9 @@
 """Weights in and out.
 
-    python -m gpt4v_jax.interop inspect DIR                       what a Hugging Face folder (or hub name) holds
-    python -m gpt4v_jax.interop import DIR --workdir W            a language model -> a workdir, for generate and training
-    python -m gpt4v_jax.interop import FILE.bin --tokenizer TOK.bin --workdir W        the same from a llama2.c file
-    python -m gpt4v_jax.interop export W --out DIR --family llama                      a workdir -> from_pretrained's folder
+    python -m gpt4v_jax.interop inspect DIR                      what a Hugging Face folder (or hub name) holds
+    python -m gpt4v_jax.interop import DIR --workdir W           a language model -> a workdir, for generate
+    python -m gpt4v_jax.interop import FILE.bin --tokenizer TOK.bin --workdir W       the same from a llama2.c file
+    python -m gpt4v_jax.interop export W --out DIR --family llama                     a workdir -> such a folder
 
 An encoder alone, or a language model in a larger one, is named in a config: init_from (docs/interop.md).
 """
@@ -16,7 +16,8 @@ from absl import flags
 
 from gpt4v_jax import config, sharding
 from gpt4v_jax.data import tokenizer as tokenizer_lib
-from gpt4v_jax.interop import hf, llama2c
+from gpt4v_jax.interop import folder as folder_lib
+from gpt4v_jax.interop import hf, llama2c, table
 from gpt4v_jax.model import flops
 from gpt4v_jax.training import checkpoint, workdir
 from gpt4v_jax.training.step import State
@@ -31,12 +32,12 @@ _SHARD_MB = flags.DEFINE_integer("shard_mb", hf.SHARD_BYTES >> 20, "export: file
 
 
 def inspect(name: str) -> None:
-    folder = hf.Folder(hf.local(name))
+    folder = folder_lib.Folder(folder_lib.local(name))
     where = str(folder.path / "config.json")
-    family = hf.family_of(folder.config, where)
-    ours = hf.tied_as_in(folder, family, hf.read_config(folder.config, where))
+    family = table.family_of(folder.config, where)
+    ours = hf.tied_as_in(folder, family, table.read_config(folder.config, where))
     params = hf.abstract_params(ours)
-    names, unread = hf.located(folder, family, hf.tensors_of(family, ours, params))
+    names, unread = hf.located(folder, family, table.tensors_of(family, ours, params))
     counts = flops.parameters(params)
     print(f"{folder.path}: {family.model_type}, {len(names)} tensors in {len(set(folder.files.values()))} files")
     print(f"parameters {sum(counts.values()):,} ({', '.join(f'{module} {n:,}' for module, n in counts.items())})")
@@ -54,8 +55,8 @@ def import_(name: str) -> None:
     if Path(name).suffix == ".bin":
         imported, tokenizer = llama2c.load(Path(name), Path(needed("tokenizer", _TOKENIZER.value)), mesh)
     else:
-        source = hf.local(name)
-        kind = hf.family_of(hf.Folder(source).config, f"{source}/config.json").kind
+        source = folder_lib.local(name)
+        kind = table.family_of(folder_lib.Folder(source).config, f"{source}/config.json").kind
         if kind is not config.Model:
             raise config.InputError(
                 f"{name} is an encoder (config.{kind.__name__}), not a language model: name it in a config's "
@@ -68,7 +69,7 @@ def import_(name: str) -> None:
         imported = hf.load(source, _DTYPE.value or "float32", mesh)
     if tokenizer.vocab > imported.config.vocab:
         raise config.InputError(
-            f"the tokenizer has {tokenizer.vocab} tokens, the model {imported.config.vocab}: they do not belong together"
+            f"the tokenizer has {tokenizer.vocab} tokens, the model {imported.config.vocab}: is it another model's?"
         )
     start, end = (_token(tokenizer, imported.theirs, f"{name}_token_id") for name in ("decoder_start", "eos"))
     data = config.Data(name="", start=start or "", end=end or "<end>")
@@ -92,9 +93,9 @@ def _token(tokenizer: tokenizer_lib.Tokenizer, theirs: dict, key: str) -> str | 
 def export(name: str) -> None:
     out, folder = Path(needed("out", _OUT.value)), Path(name)
     run = workdir.load_config(folder)
-    theirs = hf.read_json(folder / "hf_config.json") if (folder / "hf_config.json").is_file() else {}
-    family = hf.family_of({"model_type": _FAMILY.value or needed("family", theirs.get("model_type"))}, "--family")
-    hf.write_config(family, run.model)  # what the family cannot say is said before anything is read
+    theirs = folder_lib.read_json(folder / "hf_config.json") if (folder / "hf_config.json").is_file() else {}
+    family = table.family_of({"model_type": _FAMILY.value or needed("family", theirs.get("model_type"))}, "--family")
+    table.write_config(family, run.model)  # what the family cannot say is said before anything is read
     trained = workdir.restore(folder)
     special = {"eos_token_id": trained.tokenizer.special.get("<end>")}
     theirs = theirs or {key: value for key, value in special.items() if value is not None}

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from gpt4v_jax import config
 from gpt4v_jax.data.tokenizer import Tokenizer
-from gpt4v_jax.interop import hf
+from gpt4v_jax.interop import hf, table
 from gpt4v_jax.interop.families import FAMILIES
 
 BOS, EOS = 1, 2
@@ -25,11 +25,11 @@ def load(path: Path, tokenizer: Path, mesh: jax.sharding.Mesh | None = None) -> 
     """-> (the model, its tokenizer). Raises InputError for a file that is no such export."""
     theirs, tensors = _read(path)
     family = FAMILIES["llama"]
-    ours = hf.read_config(theirs, str(path))
-    rows = hf.tensors_of(family, ours, hf.abstract_params(ours))
+    ours = table.read_config(theirs, str(path))
+    rows = table.tensors_of(family, ours, hf.abstract_params(ours))
     params = {}
     for row in rows:
-        for name, x in hf.to_ours(row, tensors[row.name]):
+        for name, x in table.to_ours(row, tensors[row.name]):
             params[name] = hf.put(x, name, np.float32, mesh)
     tree = flax.traverse_util.unflatten_dict(params, sep="/")
     return hf.Imported(family, ours, tree, theirs), _tokenizer(tokenizer, ours.vocab)
@@ -65,8 +65,10 @@ def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     tensors = {"model.embed_tokens.weight": values["embed"], "model.norm.weight": values["norm"]}
     if not tied:
         tensors["lm_head.weight"] = values["head"]
-    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "v": "self_attn.v_proj",
-             "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}  # fmt: skip
+    names = {
+        "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }  # fmt: skip
     for i in range(depth):
         for name, theirs in names.items():
             tensors[f"model.layers.{i}.{theirs}.weight"] = values[name][i]

@@ -13,8 +13,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from gpt4v_jax import config, sharding
-from gpt4v_jax.interop import hf
+from gpt4v_jax import config
+from gpt4v_jax.interop import hf, table
+from gpt4v_jax.interop.folder import Folder, local
 
 # Values of config.Model and config.Image that change what the weights of a part mean, beside the stack's own.
 _MODEL = ("causal", "position", "position_offset", "token_types", "embed_scale", "tied", "head_hidden", "head_bias",
@@ -27,7 +28,7 @@ _ROWS = {"text/embed/table": 0, "text/position/table": 0, "head/kernel": 1, "hea
 def settings(path: Path | str):
     """A folder's config for a config file: `config.model.update(settings(DIR))`, of an image encoder
     `config.model.image.update(settings(DIR))`."""
-    ours = hf.read_config(hf.Folder(hf.local(path)).config, str(path))
+    ours = table.read_config(Folder(local(path)).config, str(path))
     if isinstance(ours, config.Model):
         values = dataclasses.asdict(ours)
         return config.sections({k: v for k, v in values.items() if k not in ("image", "fusion") and v is not None})
@@ -45,7 +46,8 @@ def initialise(params: Any, run: config.Config, mesh: jax.sharding.Mesh) -> tupl
             taken, left, notes, family = with_part(flat, run.model, path, mesh, f"init_from.{part}={path}")
             filled |= taken.keys()
             flat |= taken
-            lines.append(f"init_from.{part}  {path} ({family}): {len(taken)} parameters, {_count(taken.values()):,} values")
+            values = sum(x.size for x in taken.values())
+            lines.append(f"init_from.{part}  {path} ({family}): {len(taken)} parameters, {values:,} values")
             lines += [f"  {note}" for note in notes]
             if left:
                 lines.append(f"  left out: {_grouped(left)}")
@@ -84,10 +86,10 @@ def _image(flat: dict, model: config.Model, path: str, mesh, what: str):
 
 
 def _read(path: str):
-    folder = hf.Folder(hf.local(path))
+    folder = Folder(local(path))
     where = str(folder.path / "config.json")
-    family = hf.family_of(folder.config, where)
-    return folder, family, hf.tied_as_in(folder, family, hf.read_config(folder.config, where))
+    family = table.family_of(folder.config, where)
+    return folder, family, hf.tied_as_in(folder, family, table.read_config(folder.config, where))
 
 
 def _compare(what: str, ours, theirs, names: tuple[str, ...] | None = None) -> None:
@@ -105,13 +107,13 @@ def _take(flat, folder, family, theirs, paths: dict[str, str], mesh, what: str, 
 
     paths: the folder's parameters -> ours. whole: beginnings of our paths that must all come from the folder.
     """
-    tensors = hf.tensors_of(family, theirs, hf.abstract_params(theirs))
+    tensors = table.tensors_of(family, theirs, hf.abstract_params(theirs))
     names, unread = hf.located(folder, family, tensors)
     wanted = {there: here for there, here in paths.items() if here in flat}
     left = sorted({*unread} | {t.name for t in tensors if not set(t.paths) & wanted.keys()})
     missing = sorted(p for p in flat if p.startswith(whole) and p not in wanted.values())
     if missing:
-        raise config.InputError(f"{what}: the folder has nothing for the parameter {missing[0]} {flat[missing[0]].shape}")
+        raise config.InputError(f"{what}: the folder has nothing for {missing[0]} {flat[missing[0]].shape}")
     taken, notes = {}, []
     for there, x in hf.arrays(folder, family, [t for t in tensors if set(t.paths) & wanted.keys()], names):
         if there not in wanted:
@@ -143,7 +145,3 @@ def _grouped(names) -> str:
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return shape[:axis] + shape[axis + 1 :]
-
-
-def _count(arrays) -> int:
-    return sum(x.size for x in arrays)

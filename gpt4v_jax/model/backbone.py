@@ -46,7 +46,8 @@ class Attention(nn.Module):
             q, k, v = (shard(x, "batch", None, "heads") for x in (q, k, v))
             if kv is not None:
                 at = (0, sight.cursor, 0, 0)
-                k, v = (jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at) for old, new in zip(kv, (k, v), strict=True))
+                fresh = (x.astype(old.dtype) for x, old in zip((k, v), kv, strict=True))
+                k, v = (jax.lax.dynamic_update_slice(old, x, at) for x, old in zip(fresh, kv, strict=True))
         else:
             k, v = kv
         x_BTNH = attention.attend(q, k, v, sight, c.attention_scale or None, c.attention_cap, self.window, bias)
@@ -109,7 +110,7 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(self, x, position, sight, cache: attention.Cache | None = None, key=None, capture=False, memory=None):
-        """memory: (vectors [B,S,D], or None where `cache` has their k and v; the sight on them); cross blocks read it."""
+        """memory, for cross blocks: (vectors [B,S,D], or None where `cache` has their k and v; the sight on them)."""
         c = self.config
         kvs, memory_kvs, out, bias = [], [], {}, None
         if c.buckets:

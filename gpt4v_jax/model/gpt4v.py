@@ -86,7 +86,7 @@ class GPT4V(nn.Module):
         return hidden, cache, out
 
     def _memory(self, batch: batch_lib.Batch, step, cache, key):
-        """What cross blocks read: (the source's vectors, or None where the cache has their k and v; the sight on it)."""
+        """What cross blocks read: (the source's vectors, or None where the cache has their k and v; the sight)."""
         if batch.source is None:
             if cache is None or cache.memory_document is None:
                 raise ValueError("this model reads a source: batch.source is None, and no cache has one")

@@ -22,7 +22,7 @@ class State:
 
 
 def init_params(model: GPT4V, seed: int):
-    """Parameters from (seed, path of the parameter). The stream's length changes none: a short one is quick to trace."""
+    """Parameters from (seed, path of the parameter). The stream's length changes none: a short one traces quickly."""
     short = dataclasses.replace(model.layout, context=2, source=min(model.layout.source, 2))
     return model.init(jax.random.key(seed), batch_lib.empty(short, 1))["params"]
 

@@ -3,7 +3,7 @@
 from gpt4v_jax import config
 from gpt4v_jax.interop.families import common
 from gpt4v_jax.interop.families.common import key
-from gpt4v_jax.interop.hf import Family, Key, Row
+from gpt4v_jax.interop.table import Family, Key, Row
 
 _LAYER, _BLOCK = "bert.encoder.layer.{i}", "backbone/block_{i}"
 

@@ -1,9 +1,9 @@
-"""Rows and keys that several families share. `theirs` and `ours` are prefixes here; rows of biases serve where ours are.
+"""Rows and keys that several families share. `theirs` and `ours` are prefixes; a bias's row counts where ours has one.
 
 The axes of patterns: V vocabulary, T positions, D width, F hidden, N heads, H head dim, C colours, P x Q a patch.
 """
 
-from gpt4v_jax.interop.hf import Key, Row
+from gpt4v_jax.interop.table import Key, Row
 
 MLP = (("gelu", "gelu"), ("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("quick_gelu", "quick_gelu"),
        ("relu", "relu"), ("silu", "silu"), ("swish", "silu"))  # fmt: skip

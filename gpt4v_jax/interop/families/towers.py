@@ -3,7 +3,7 @@
 from gpt4v_jax import config
 from gpt4v_jax.interop.families import common
 from gpt4v_jax.interop.families.common import key
-from gpt4v_jax.interop.hf import Family, Key, Row
+from gpt4v_jax.interop.table import Family, Key, Row
 
 _SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

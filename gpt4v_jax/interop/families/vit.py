@@ -3,7 +3,7 @@
 from gpt4v_jax import config
 from gpt4v_jax.interop.families import common
 from gpt4v_jax.interop.families.common import key
-from gpt4v_jax.interop.hf import Family, Key, Row
+from gpt4v_jax.interop.table import Family, Key, Row
 
 _QKV = ("attention.query", "attention.key", "attention.value", "output.dense")
 _FIXED = {"class_token": True, "encoder.norm": "layer"}
@@ -46,7 +46,8 @@ def _vit_read(theirs: dict) -> dict:
 def _vit_write(c: config.Image) -> dict:
     labels = {str(i): f"LABEL_{i}" for i in range(c.classes)}
     bare = {} if c.classes else {"architectures": ["ViTModel"]}
-    return bare | {"qkv_bias": "qkv" in c.encoder.bias, "id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+    ids = {label: int(i) for i, label in labels.items()}
+    return bare | {"qkv_bias": "qkv" in c.encoder.bias, "id2label": labels, "label2id": ids}
 
 
 def _swiglu_hidden(width: int, ratio) -> int:

@@ -1,0 +1,139 @@
+"""A model's folder on disk: what can be trusted in it, and writing one. Nothing that a folder brings is executed."""
+
+import ctypes
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from gpt4v_jax import config
+
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
+
+
+class Folder:
+    """A model's folder, read: config, and where every tensor lies. Raises InputError for all that cannot be trusted."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise config.InputError(f"{path} is no folder: give one with config.json and model.safetensors")
+        self.config = read_json(self.path / "config.json")
+        for name in ("config.json", "tokenizer_config.json"):
+            values = read_json(self.path / name) if (self.path / name).is_file() else {}
+            for key in ("auto_map", "trust_remote_code"):
+                if values.get(key):
+                    raise config.InputError(f"{self.path / name} has {key}: it asks to run code of its own; refused")
+        if (self.path / "preprocessor_config.json").is_file():
+            self.config = self.config | {"preprocessor": read_json(self.path / "preprocessor_config.json")}
+        self.files = {}  # name of a tensor -> the file that holds it
+        self.shapes = {}
+        for file in self._shards():
+            with opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118, it is no dict
+                    if name in self.files:
+                        raise config.InputError(f"{file} and {self.files[name]} both hold the tensor {name}")
+                    self.files[name] = file
+                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        self._check_index()
+
+    def _shards(self) -> list[Path]:
+        if (self.path / INDEX).is_file():
+            shards = [self.path / name for name in sorted(set(self._index().values()))]
+            for shard in shards:
+                if shard.parent != self.path:
+                    raise config.InputError(f"{self.path / INDEX} names {shard}, outside of the folder: refused")
+                if not shard.is_file():
+                    raise config.InputError(f"{shard} is missing: {INDEX} names it; download the folder again")
+            return shards
+        if (self.path / "model.safetensors").is_file():
+            return [self.path / "model.safetensors"]
+        pickled = [file.name for file in sorted(self.path.iterdir()) if file.suffix in PICKLED]
+        if pickled:
+            raise config.InputError(
+                f"{self.path} has its weights in {pickled[0]}: reading such a file can run code, so it is refused; "
+                "convert it to model.safetensors where you trust it"
+            )
+        raise config.InputError(f"{self.path} holds neither model.safetensors nor {INDEX}")
+
+    def _index(self) -> dict[str, str]:
+        weights = read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(weights, dict) or not all(isinstance(v, str) for v in weights.values()):
+            raise config.InputError(f"{self.path / INDEX} has no weight_map of names to files")
+        return weights
+
+    def _check_index(self) -> None:
+        if not (self.path / INDEX).is_file():
+            return
+        for name, file in self._index().items():
+            if self.files.get(name) != self.path / file:
+                raise config.InputError(f"{self.path / INDEX} says that {file} holds {name}: it does not")
+        others = {f for f in self.path.glob("model-*.safetensors")} - set(self.files.values())
+        if others or self.files.keys() != self._index().keys():
+            odd = min(others).name if others else min(self.files.keys() - self._index().keys())
+            raise config.InputError(f"{odd} is in {self.path}, but {INDEX} does not name it: which of them is right?")
+
+
+    def tensor(self, name: str):
+        """-> the array. The file is opened anew each time, so that pages of what was read before are not kept."""
+        try:
+            with opened(self.files[name]) as file:
+                return file.get_tensor(name)
+        except (safetensors.SafetensorError, TypeError, AttributeError) as error:  # of a dtype that numpy has not
+            raise config.InputError(f"{self.files[name]}: {name} cannot be read: {error}") from error
+
+    def same(self, one: str, other: str) -> bool:
+        """Are two tensors equal? Compared in pieces, for they may be large."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        n = self.shapes[one][0]
+        with opened(self.files[one]) as file, opened(self.files[other]) as other_file:
+            left, right = file.get_slice(one), other_file.get_slice(other)
+            pieces = (slice(i, min(i + 4096, n)) for i in range(0, n, 4096))
+            return all(np.array_equal(left[at], right[at]) for at in pieces)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise config.InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise config.InputError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise config.InputError(f"{path} holds {type(values).__name__}, not an object")
+    return values
+
+
+def opened(file: Path):
+    """A safetensors file, its header checked by the library: sizes, offsets, overlaps."""
+    try:
+        return safetensors.safe_open(file, "numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise config.InputError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def local(path: Path | str) -> Path:
+    """A folder -> itself; a hub name such as "org/model" -> its files, downloaded by huggingface_hub."""
+    if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+        return Path(path)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # one of many kinds: no network, no such model, no right to it
+        text = " ".join(str(error).split())[:200]
+        raise config.InputError(f"{path} is no folder here, and could not be had from the hub: {text}") from error
+
+
+def trim() -> None:
+    """glibc keeps freed memory for later: without this the peak grows with every tensor, by twice a shard at 1 B."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # not in musl
+            libc.malloc_trim(0)
