@@ -17,9 +17,9 @@ stamp = .venv/.$(1)-$(HERE)-$(shell cat $(2) 2>/dev/null | cksum | cut -d' ' -f1
 VENV  := .venv/.python-$(HERE)
 CORE  := $(call stamp,core,$(LOCK).txt setup.py)
 TEST  := $(call stamp,test,$(LOCK)-test.txt)
-BENCH := $(call stamp,bench,$(LOCK)-bench.txt)
 
-# torch for the benchmarks should be a CPU build: from pip's own links where some are set, else from PyTorch's index.
+# torch, the reference of tests and benchmarks, should be a CPU build: from pip's own links where some are set, else from
+# PyTorch's index.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH := $(if $(UV_FIND_LINKS),,--torch-backend cpu)
 
@@ -31,13 +31,14 @@ define install
  else $(PY) -m pip install -q -r $(2); fi
 endef
 
-.PHONY: help quickstart test lint bench lock clean
+.PHONY: help quickstart test lint bench parity lock clean
 
 help:
 	@echo "make quickstart   train a small model on the CPU, evaluate it, ask it a question, write a report; run again to resume"
 	@echo "make test         lint, then all tests            (make test ARGS='-k packing')"
 	@echo "make lint         ruff"
 	@echo "make bench        training speed beside PyTorch   (Python 3.11 only)"
+	@echo "make parity       our layers beside Hugging Face's: docs/results/parity.md   (Python 3.11 only)"
 	@echo "make lock         write requirements/ anew from setup.py   (make lock ARGS=--upgrade takes newer versions)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "Every one takes PYTHON=python3.12 or the like; 3.11 is the oldest that works."
@@ -57,12 +58,15 @@ lint: $(TEST)
 	$(PY) -m ruff check .
 
 ifneq ($(filter 3.11.%,$(VERSION)),)
-bench: $(BENCH)
+bench: $(TEST)
 	$(PY) -m benchmarks.train_step $(ARGS)
+
+parity: $(TEST)
+	$(PY) -m benchmarks.parity --out docs/results
 else
-bench:
-	@echo "make bench needs Python 3.11, for which there is a pinned torch; '$(PYTHON)' $(if $(VERSION),is $(VERSION),does not run)."
-	@echo "Try: make bench PYTHON=python3.11"; exit 1
+bench parity:
+	@echo "make $@ needs Python 3.11, for which there is a pinned torch; '$(PYTHON)' $(if $(VERSION),is $(VERSION),does not run)."
+	@echo "Try: make $@ PYTHON=python3.11"; exit 1
 endif
 
 $(VENV):
@@ -83,11 +87,7 @@ $(CORE): | $(VENV)
 	@touch $@
 
 $(TEST): | $(CORE)
-	$(call install,test,$(LOCK)-test.txt)
-	@touch $@
-
-$(BENCH): | $(TEST)
-	$(call install,bench,$(LOCK)-bench.txt,$(TORCH))
+	$(call install,test,$(LOCK)-test.txt,$(TORCH))
 	@touch $@
 
 # Each list takes over the versions of the one before it, so that installing the second changes nothing of the first.
@@ -95,10 +95,9 @@ COMPILE = .venv/bin/uv pip compile -q setup.py --no-python-downloads --no-annota
   --no-emit-find-links --custom-compile-command "make lock" $(ARGS)
 lock: | $(VENV)
 	$(COMPILE) --python-version 3.11 -o requirements/py311.txt
-	$(COMPILE) --python-version 3.11 -o requirements/py311-test.txt --extra test -c requirements/py311.txt
-	$(COMPILE) --python-version 3.11 -o requirements/py311-bench.txt --extra test --extra bench \
-	  -c requirements/py311-test.txt $(TORCH)
-	sed -i.bak 's/+cpu$$//' requirements/py311-bench.txt && rm requirements/py311-bench.txt.bak
+	sed -i.bak 's/^torch==[0-9.]*$$/&+cpu/' requirements/py311-test.txt  # uv keeps what it finds there
+	$(COMPILE) --python-version 3.11 -o requirements/py311-test.txt --extra test -c requirements/py311.txt $(TORCH)
+	sed -i.bak 's/+cpu$$//' requirements/py311-test.txt && rm requirements/py311-test.txt.bak
 	$(COMPILE) --python-version 3.12 -o requirements/py312.txt
 	$(COMPILE) --python-version 3.12 -o requirements/py312-test.txt --extra test -c requirements/py312.txt
 

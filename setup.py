@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 CORE = [
     "absl-py>=2.1",
     "array_record>=0.8",
+    "einops>=0.8",
     "flax>=0.12",
     "grain>=0.2.15",
     "jax>=0.10",
@@ -15,12 +16,19 @@ CORE = [
     "orbax-checkpoint>=0.12",
     "pillow>=11.0",
     "rich>=13.0",
+    "safetensors>=0.5",
     "scikit-learn>=1.5",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",  # works without TensorFlow, which is not needed
     "tokenizers>=0.21",
 ]
-TEST = ["pytest>=8.0", "ruff>=0.9"]
+TEST = [
+    "pytest>=8.0",
+    "ruff>=0.9",
+    # The references of the parity tests and of make bench. torch's CPU build is at hand for Python 3.11 alone.
+    'torch==2.13.0; python_version < "3.12"',
+    'transformers>=5.0; python_version < "3.12"',
+]
 
 setup(
     name="gpt4v_jax",
@@ -34,7 +42,6 @@ setup(
     extras_require={
         "test": TEST,
         "dev": TEST,
-        "bench": ["torch==2.13.0", "transformers>=5.0"],
         "gpu": ["jax[cuda12]"],  # driver 525 or later; from 580 on jax[cuda13] works, too
         "tpu": ["jax[tpu]"],
     },
