@@ -83,6 +83,11 @@ def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], la
     start, items, patches, read = 0, 0, layout.grid**2, 0
     for number, doc in enumerate(documents, 1):
         n, at = len(doc), slice(start, start + len(doc))
+        if bool(layout.source) != bool(doc.source) or layout.prefix == "all" and doc.ar.any():
+            raise config.InputError(
+                "these data are one causal stream: there is no training or scoring on them yet for a model with a "
+                "separate encoder (model.source) or a bidirectional stream (model.causal=False)"
+            )
         if (doc.weight[:-1] * (~doc.ar[1:])).any():
             raise ValueError(f"document {number}: a trained target lies inside a block, where its query sees it")
         row.tokens[at], row.target[at], row.weight[at], row.ar[at] = doc.tokens, doc.target, doc.weight, doc.ar

@@ -4,6 +4,7 @@
     python -m gpt4v_jax.interop import DIR --workdir W           a language model -> a workdir, for generate
     python -m gpt4v_jax.interop import FILE.bin --tokenizer TOK.bin --workdir W       the same from a llama2.c file
     python -m gpt4v_jax.interop export W --out DIR --family llama                     a workdir -> such a folder
+    python -m gpt4v_jax.interop export W --part image --out DIR --family siglip_vision_model    its image encoder
 
 An encoder alone, or a language model in a larger one, is named in a config: init_from (docs/interop.md).
 """
@@ -25,6 +26,7 @@ from gpt4v_jax.training.step import State
 _WORKDIR = flags.DEFINE_string("workdir", None, "import: the folder that the model goes to", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "export: the folder to write; it must not be there yet", allow_override=True)
 _FAMILY = flags.DEFINE_string("family", None, "export: the model_type to write, where it was not imported as one")
+_PART = flags.DEFINE_enum("part", "model", ["model", "image"], "export: the whole model, or its image encoder alone")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "import: a tokenizer.json, or a llama2.c tokenizer, from elsewhere")
 _DTYPE = flags.DEFINE_string("dtype", None, "of the parameters: float32 | bfloat16 | float16 | keep; import: float32, "
                              "export: keep")  # fmt: skip
@@ -95,13 +97,19 @@ def export(name: str) -> None:
     run = workdir.load_config(folder)
     theirs = folder_lib.read_json(folder / "hf_config.json") if (folder / "hf_config.json").is_file() else {}
     family = table.family_of({"model_type": _FAMILY.value or needed("family", theirs.get("model_type"))}, "--family")
-    table.write_config(family, run.model)  # what the family cannot say is said before anything is read
+    image = _PART.value == "image"
+    table.write_config(family, run.model.image if image else run.model)  # what it cannot say, before anything is read
     trained = workdir.restore(folder)
-    special = {"eos_token_id": trained.tokenizer.special.get("<end>")}
-    theirs = theirs or {key: value for key, value in special.items() if value is not None}
-    imported = hf.Imported(family, trained.run.model, trained.params, theirs)
-    hf.save(imported, out, trained.tokenizer.to_json(), dtype=_DTYPE.value or "keep", shard_bytes=_SHARD_MB.value << 20)
-    print(f"{folder} at step {trained.step} -> {out}: {family.architectures[0]}")
+    if image:
+        params = {name: value for name, value in trained.params["image"].items() if name != "connector"}
+        imported, tokenizer = hf.Imported(family, run.model.image, params, {}), ""
+    else:
+        special = {"eos_token_id": trained.tokenizer.special.get("<end>")}
+        theirs = theirs or {key: value for key, value in special.items() if value is not None}
+        imported = hf.Imported(family, trained.run.model, trained.params, theirs)
+        tokenizer = trained.tokenizer.to_json()
+    hf.save(imported, out, tokenizer, dtype=_DTYPE.value or "keep", shard_bytes=_SHARD_MB.value << 20)
+    print(f"{folder} at step {trained.step} -> {out}: {family.model_type}")
 
 
 def needed(flag: str, value: str | None) -> str:
@@ -122,4 +130,4 @@ def main(action: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, arguments=("the action (import, export or inspect)", "the folder"))
+    config.run(main, arguments=("the action (import, export or inspect)", "the folder or file after it"))

@@ -19,6 +19,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 from gpt4v_jax import batch as batch_lib
@@ -209,7 +210,10 @@ def save(imported: Imported, path: Path | str, tokenizer: str = "", generation: 
             })  # fmt: skip
         if tokenizer:
             (temporary / "tokenizer.json").write_text(tokenizer)
-            _write_json(temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+            inner = tokenizers.Tokenizer.from_str(tokenizer)
+            ids = {name: kept.get(f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
+            tokens = {name: inner.id_to_token(id) for name, id in ids.items() if isinstance(id, int)}
+            _write_json(temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens)
         temporary.chmod(0o755)
         temporary.rename(path)
     finally:

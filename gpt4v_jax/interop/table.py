@@ -114,7 +114,8 @@ def write_config(family: Family, ours) -> dict[str, Any]:
     theirs: dict[str, Any] = {}
     for key in family.keys:
         value = flat.get(key.ours[0], key.default) if key.ours else key.default
-        value = {o: t for t, o in key.values}.get(value, value) if isinstance(value, (str, int, float)) else value
+        if isinstance(value, (str, int, float)):
+            value = {o: t for t, o in reversed(key.values)}.get(value, value)  # the first of several names
         _set(theirs, key.theirs, list(value) if isinstance(value, tuple) else value)
     theirs |= {"model_type": family.model_type, "architectures": [family.architectures[0]]}
     theirs = _merge(_merge(theirs, family.extra), family.write(ours))
