@@ -113,7 +113,8 @@ CASES = {
         "text_config": _TOWER_TEXT | {"projection_size": 40},
         "vision_config": _IMAGE | {"hidden_size": 40, "layer_norm_eps": 1e-4}}),
     "siglip_vision_model": Case("SiglipVisionModel", "image", _IMAGE),
-    "siglip_vision_model, no head": Case("SiglipVisionModel", "image", _IMAGE | {"vision_use_head": False}),
+    "siglip_vision_model, no head": Case("SiglipVisionModel", "image", _IMAGE | {
+        "vision_use_head": False, "image_size": 35}),
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ class Backbone:
 class Image:
     """How pictures enter. `size` 0: the model reads none."""
 
-    size: int = 0  # pictures are resized to size x size pixels
+    size: int = 0  # pictures are resized to size x size pixels; right and bottom beyond whole patches are left out
     patch: int = 16  # a patch is patch x patch x 3 values
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue in [0, 1]: x becomes (x - mean) / std
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -146,7 +146,7 @@ class Image:
         one_of("pool", self.pool, ("none", "class", "map"))
         at_least(0, size=self.size)
         at_least(1, patch=self.patch)
-        if self.size % self.patch:
+        if self.size % self.patch and not self.encoder:  # encoders leave the rest out, as a convolution does
             raise InputError(f"image.size={self.size} is not a multiple of image.patch={self.patch}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or name == "std" and min(values) <= 0:

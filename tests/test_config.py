@@ -56,7 +56,7 @@ def test_json_round_trip():
     ({"eval": {"evaluators": 5}}, r"config.eval.evaluators=5 must be a list of str"),
     ({"optim": {"name": "adam"}}, r"name='adam' is none of adamw, muon \(did you mean 'adamw'\?\)"),
     ({"model": {"position": "rop"}}, r"position='rop' is none of .*'rope'"),
-    ({"model": {"backbone": {"norm": "batch"}}}, r"norm='batch' is none of rms, layer"),
+    ({"model": {"backbone": {"norm": "batch"}}}, r"norm='batch' is none of rms, rms_plus_one, layer"),
     ({"model": {"backbone": {"heads": 4, "kv_heads": 3}}}, r"heads=4 is not a multiple of kv_heads=3"),
     ({"model": {"image": {"size": 70, "patch": 16}}}, r"size=70 is not a multiple of image.patch=16"),
 ])  # fmt: skip

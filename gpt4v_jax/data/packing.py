@@ -114,9 +114,9 @@ def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], la
 
 
 def patchify(picture: np.ndarray, patch: int) -> np.ndarray:
-    """[size, size, 3] -> [rows x columns of patches, patch x patch x 3], row by row."""
+    """[size, size, 3] -> [rows x columns of whole patches, patch x patch x 3], row by row."""
     grid = picture.shape[0] // patch
-    tiles = picture.reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4)
+    tiles = picture[: grid * patch, : grid * patch].reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4)
     return tiles.reshape(grid * grid, patch * patch * 3)
 
 

@@ -56,8 +56,7 @@ def module_of(ours):
         layout = dataclasses.replace(layout, context=2, source=min(layout.source, 2))
         return GPT4V(ours, layout), (batch_lib.empty(layout, 1),)
     image = ours.image if isinstance(ours, config.Towers) else ours
-    patches = np.zeros((1, image.grid**2, image.patch**2 * 3), np.uint8)
-    pictures = (patches, np.zeros((*patches.shape[:2], 3), np.int32))
+    pictures = (np.zeros((1, 1, image.patch**2 * 3), np.uint8), np.zeros((1, 1, 3), np.int32))
     if isinstance(ours, config.Image):
         return ImageTower(ours), pictures
     layout = dataclasses.replace(batch_lib.layout(ours.text, config.Data()), context=2)

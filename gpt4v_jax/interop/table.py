@@ -110,6 +110,9 @@ def write_config(family: Family, ours) -> dict[str, Any]:
     if not isinstance(ours, family.kind):
         kind = family.kind.__name__
         raise config.InputError(f"a {family.model_type} is a config.{kind}, not a config.{type(ours).__name__}")
+    image = ours.image if isinstance(ours, config.Towers) else ours
+    if isinstance(image, config.Image) and image.encoder is None:
+        raise config.InputError(f"a {family.model_type} has an image encoder, here image.encoder is None")
     flat = _flat(dataclasses.asdict(ours))
     theirs: dict[str, Any] = {}
     for key in family.keys:

@@ -53,7 +53,8 @@ def _keys(**defaults) -> tuple[Key, ...]:
         key("num_key_value_heads", "backbone.kv_heads", defaults.get("kv_heads"), common.NONE),
         key("head_dim", "backbone.head_dim", defaults.get("head_dim"), common.NONE),
         key("rms_norm_eps", "backbone.norm_eps", 1e-6),
-        key(defaults.get("act_name", "hidden_act"), "backbone.activation", defaults.get("act", "silu"), common.GATED),
+        key(defaults.get("act_name", "hidden_act"), "backbone.activation", defaults.get("act", "silu"),
+            defaults.get("acts", common.GATED)),
     )  # fmt: skip
 
 
@@ -247,6 +248,7 @@ QWEN3 = Family(  # Yang et al. 2025
 GEMMA = Family(  # Gemma Team 2024
     "gemma", ("GemmaForCausalLM",), config.Model, _keys(
         vocab=256000, context=8192, width=3072, hidden=24576, depth=28, heads=16, kv_heads=16, head_dim=256, **_TANH,
+        acts=(*common.GATED, ("gelu", "geglu")),  # an older name in the official files, which means the tanh form
     ), (*_ROWS, *_TWO_NORMS), _GEMMA, lambda theirs: _gemma_read(theirs) | _rope(theirs), _gemma_write, **_SAME,
 )  # fmt: skip
 GEMMA2 = Family(  # Gemma Team 2024b

@@ -65,9 +65,9 @@ def _image_keys(theirs: str, ours: str, act: str, eps: float, patch: int, mean: 
     )  # fmt: skip
 
 
-def _text_keys(act: str, eps: float, vocab: int, context: int) -> tuple[Key, ...]:
+def _text_keys(act: str, eps: float, vocab: int, context: int, sizes: tuple[int, int, int, int]) -> tuple[Key, ...]:
     return (
-        *_stack_keys("text_config.", "text.backbone", act, eps, (512, 2048, 12, 8)),
+        *_stack_keys("text_config.", "text.backbone", act, eps, sizes),
         key("text_config.vocab_size", "text.vocab", vocab),
         key("text_config.max_position_embeddings", "text.context", context),
     )  # fmt: skip
@@ -87,7 +87,7 @@ _SIGLIP_IMAGE = ("gelu_pytorch_tanh", 1e-6, 16, (0.5,) * 3, (0.5,) * 3)
 
 def _projected(theirs: dict) -> dict:
     """CLIPVisionModelWithProjection has a head, CLIPVisionModel all vectors."""
-    with_head = "CLIPVisionModelWithProjection" in theirs.get("architectures", [])
+    with_head = "CLIPVisionModelWithProjection" in (theirs.get("architectures") or ())
     return {"pool": "class", "classes": theirs.get("projection_dim", 512)} if with_head else {}
 
 
@@ -98,7 +98,8 @@ def _write_projected(c: config.Image) -> dict:
 
 CLIP = Family(
     "clip", ("CLIPModel",), config.Towers, (
-        *_image_keys("vision_config.", "image.", *_CLIP_IMAGE), *_text_keys("quick_gelu", 1e-5, 49408, 77),
+        *_image_keys("vision_config.", "image.", *_CLIP_IMAGE),
+        *_text_keys("quick_gelu", 1e-5, 49408, 77, (512, 2048, 12, 8)),
         key("projection_dim", "width image.classes", 512),
     ), (
         *_image_rows("image/"), *_TEXT_ROWS, *common.linear("text_projection", "text/head"),
@@ -114,7 +115,8 @@ CLIP_IMAGE = Family(
 )  # fmt: skip
 SIGLIP = Family(
     "siglip", ("SiglipModel",), config.Towers, (
-        *_image_keys("vision_config.", "image.", *_SIGLIP_IMAGE), *_text_keys("gelu_pytorch_tanh", 1e-6, 32000, 64),
+        *_image_keys("vision_config.", "image.", *_SIGLIP_IMAGE),
+        *_text_keys("gelu_pytorch_tanh", 1e-6, 32000, 64, (768, 3072, 12, 12)),
     ), (
         *_image_rows("image/"), *_TEXT_ROWS, *common.linear("text_model.head", "text/head"),
         Row("logit_scale", "scale/value", "1 ->"), Row("logit_bias", "bias/value", "1 ->"),

@@ -9,9 +9,9 @@ _QKV = ("attention.query", "attention.key", "attention.value", "output.dense")
 _FIXED = {"class_token": True, "encoder.norm": "layer"}
 
 
-def _keys(eps: float, mean: tuple, std: tuple) -> tuple[Key, ...]:
+def _keys(patch: int, eps: float, mean: tuple, std: tuple) -> tuple[Key, ...]:
     return (
-        key("image_size", "size", 224), key("patch_size", "patch", 16), key("hidden_size", "encoder.width", 768),
+        key("image_size", "size", 224), key("patch_size", "patch", patch), key("hidden_size", "encoder.width", 768),
         key("num_hidden_layers", "encoder.depth", 12), key("num_attention_heads", "encoder.heads", 12),
         key("hidden_act", "encoder.activation", "gelu", common.MLP), key("layer_norm_eps", "encoder.norm_eps", eps),
         key("preprocessor.image_mean", "mean", mean), key("preprocessor.image_std", "std", std),
@@ -38,8 +38,8 @@ def _bias(theirs: dict) -> dict:
 
 def _vit_read(theirs: dict) -> dict:
     classes = 0
-    if "ViTForImageClassification" in theirs.get("architectures", []):
-        classes = len(theirs.get("id2label", ())) or theirs.get("num_labels", 2)
+    if "ViTForImageClassification" in (theirs.get("architectures") or ()):
+        classes = len(theirs.get("id2label") or ()) or theirs.get("num_labels", 2)
     return _bias(theirs) | {"classes": classes, "pool": "class" if classes else "none"}
 
 
@@ -71,7 +71,7 @@ def _dinov2_write(c: config.Image) -> dict:
 
 VIT = Family(
     "vit", ("ViTForImageClassification", "ViTModel"), config.Image, (
-        *_keys(1e-12, (0.5,) * 3, (0.5,) * 3), key("intermediate_size", "encoder.hidden", 3072),
+        *_keys(16, 1e-12, (0.5,) * 3, (0.5,) * 3), key("intermediate_size", "encoder.hidden", 3072),
     ), (
         *_rows("vit.", ("layernorm_before", "layernorm_after")), *common.linear("classifier", "head"),
         *common.linear("vit.encoder.layer.{i}.intermediate.dense", "encoder/block_{i}/mlp/up"),
@@ -84,7 +84,7 @@ _GATE = "encoder/block_{i}/mlp/gate/kernel"
 _GATE_UP = ("encoder/block_{i}/mlp/gate", "encoder/block_{i}/mlp/up")
 DINOV2 = Family(
     "dinov2", ("Dinov2Model",), config.Image, (
-        *_keys(1e-6, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        *_keys(14, 1e-6, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         key("layerscale_value", "encoder.layer_scale", 1.0), key("use_mask_token", "mask_token", True),
     ), (
         *_rows("", ("norm1", "norm2")),
