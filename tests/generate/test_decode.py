@@ -41,6 +41,8 @@ class Letters:
     def encode(self, text):
         return [len(tiny.SPECIAL) + LETTERS.index(letter) for letter in text]
 
+    prompt = encode
+
     def decode(self, ids):
         return "".join(LETTERS[i - len(tiny.SPECIAL)] for i in ids if i >= len(tiny.SPECIAL))
 
@@ -69,7 +71,8 @@ def ask(trained, text: str, pictures=()):
 
 def cut(batch, start: int, stop: int, picture: bool):
     """Some positions of a batch with one picture."""
-    row = {name: getattr(batch, name)[:, start:stop] for name in batch.__dataclass_fields__ if name != "image"}
+    names = ("tokens", "slot", "position", "document", "ar", "target", "weight")
+    row = {name: getattr(batch, name)[:, start:stop] for name in names}
     at = np.where((batch.image.at >= start) & (batch.image.at < stop), batch.image.at - start, -1)
     return dataclasses.replace(batch, image=batch.image.replace(at=at) if picture else None, **row)
 

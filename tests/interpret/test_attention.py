@@ -23,12 +23,13 @@ def used(trained, document, monkeypatch) -> list[np.ndarray]:
     """
     seen, real = [], attention.attend
 
-    def attend(q, k, v, sight):
+    def attend(q, k, v, sight, *rest):
         S, H = v.shape[1], v.shape[3]
         units = np.pad(np.eye(S, dtype=np.float32), ((0, 0), (0, -S % H))).reshape(S, -1, H)
-        parts = [real(q, k, np.broadcast_to(units[None, :, i, None], v.shape), sight) for i in range(units.shape[1])]
+        values = [np.broadcast_to(units[None, :, i, None], v.shape) for i in range(units.shape[1])]
+        parts = [real(q, k, value, sight, *rest) for value in values]
         seen.append(np.concatenate(parts, axis=-1)[0, :, :, :S].transpose(1, 0, 2))
-        return real(q, k, v, sight)
+        return real(q, k, v, sight, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "attend", attend)

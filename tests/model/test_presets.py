@@ -305,8 +305,7 @@ PUBLIC = {
     "siglip-image-b/16-512": siglip_vision(512, 16, 12, 768, 12),
     "siglip-image-l/16-256": siglip_vision(256, 16, 24, 1024, 16),
     "siglip-image-so400m/14-224": siglip_vision(224, 14, 27, 1152, 16, intermediate_size=4304),
-    # 384 in the public file: patches of 14 read 378 of them, and we refuse the rest
-    "siglip-image-so400m/14-384": siglip_vision(378, 14, 27, 1152, 16, intermediate_size=4304),
+    "siglip-image-so400m/14-384": siglip_vision(384, 14, 27, 1152, 16, intermediate_size=4304),
     "dinov2-small": dinov2(12, 384, 6), "dinov2-base": dinov2(12, 768, 12), "dinov2-large": dinov2(24, 1024, 16),
     "clip-b/32": clip(224, 32, 512, (12, 768, 12), (12, 512, 8)),
     "clip-b/16": clip(224, 16, 512, (12, 768, 12), (12, 512, 8)),
