@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt4v_jax import config
 from gpt4v_jax.model import attention
 
 
@@ -82,6 +83,154 @@ def test_rope_by_hand():
     turned = (x[..., :2] + 1j * x[..., 2:]) * np.exp(1j * at[..., None, None] * theta ** -np.array([0, 0.5]))
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
     np.testing.assert_allclose(attention.rope(jnp.array(x), jnp.array(at), theta), expected, atol=1e-5)
+
+
+# ---- windows, caps, biases
+
+
+def by_hand(q, k, v, mask, scale, cap=0.0, bias=None):
+    """softmax(cap tanh(scale q k / cap) + bias) v over the visible keys, one query and one head at a time."""
+    q, k, v = map(np.asarray, (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    out = np.zeros(q.shape, np.float32)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        seen = np.flatnonzero(mask[b, t])
+        if len(seen):
+            score = k[b, seen, n] @ q[b, t, n] * scale
+            score = cap * np.tanh(score / cap) if cap else score
+            score = score + (bias[b, n, t, seen] if bias is not None else 0)
+            p = np.exp(score - score.max())
+            out[b, t, n] = p / p.sum() @ v[b, seen, n]
+    return out
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 64])
+@pytest.mark.parametrize("window", [1, 5, 13])
+def test_a_window_counts_positions_of_the_row(chunk, window, monkeypatch):
+    """A query sees `window` positions, its own included, and never another document's."""
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    document = np.array([[1] * 6 + [2] * 6 + [0]])
+    sight = attention.within(jnp.array(document), jnp.arange(13)[None], reach=0)
+    q, k, v = (normal(i, 1, 13, 2, 4) for i in range(3))
+    i, j = np.indices((13, 13))
+    mask = (document[0, i] == document[0, j]) & (document[0, i] > 0) & (j <= i) & (i - j < window)
+    out = jax.jit(lambda *qkv: attention.attend(*qkv, sight, window=window))(q, k, v)
+    np.testing.assert_allclose(out, by_hand(q, k, v, mask[None], 0.5), atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_a_window_of_a_bidirectional_stream_looks_both_ways(chunk, monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    sight = attention.bidirectional(jnp.ones((1, 10), jnp.int32))
+    q, k, v = (normal(i, 1, 10, 2, 4) for i in range(3))
+    i, j = np.indices((10, 10))
+    out = jax.jit(lambda *qkv: attention.attend(*qkv, sight, window=3))(q, k, v)
+    np.testing.assert_allclose(out, by_hand(q, k, v, (abs(i - j) < 3)[None], 0.5), atol=2e-6)
+
+
+def test_a_window_in_a_cache_with_holes():
+    """Slots of padding between prompt and answer are no positions: the window reaches over them."""
+    document = np.array([[1, 1, 1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
+    index, step = np.cumsum(document, axis=1), np.tile(np.arange(8), (2, 1))
+    sight = attention.Sight(
+        *map(jnp.array, (document[:, 6:7], step[:, 6:7], document, step, index[:, 6:7], index)), cursor=6
+    )
+    q, k, v = normal(0, 2, 1, 2, 4), normal(1, 2, 8, 1, 4), normal(2, 2, 8, 1, 4)
+    mask = np.zeros((2, 1, 8), bool)
+    mask[0, 0, [1, 2, 5, 6]] = mask[1, 0, [3, 4, 5, 6]] = True
+    out = attention.attend(q, k, v, sight, window=4)
+    np.testing.assert_allclose(out, by_hand(q, k, v, mask, 0.5), atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_scale_cap_and_bias(chunk, monkeypatch):
+    """In this order, and the bias by distance, in every chunk; two query heads share a kv-head."""
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    sight = attention.within(jnp.array([[1] * 8]), jnp.arange(8)[None], reach=0)
+    q, k, v = normal(0, 1, 8, 4, 4) * 3, normal(1, 1, 8, 2, 4), normal(2, 1, 8, 2, 4)
+    i, j = np.indices((8, 8))
+    bias = np.sin(np.arange(4)[:, None, None] + 2.0 * (i - j))[None]
+
+    def bias_of(behind_BTS):
+        return jnp.sin(jnp.arange(4)[None, :, None, None] + 2.0 * behind_BTS[:, None])
+
+    out = jax.jit(lambda *qkv: attention.attend(*qkv, sight, scale=0.7, cap=1.5, bias=bias_of))(q, k, v)
+    np.testing.assert_allclose(out, by_hand(q, k, v, (j <= i)[None], 0.7, 1.5, bias), atol=3e-6)
+    for other in ((0.5, 1.5, bias), (0.7, 0.0, bias), (0.7, 1.5, None)):
+        assert np.abs(by_hand(q, k, v, (j <= i)[None], *other) - out).max() > 0.01, "each of the three matters"
+
+
+def test_buckets_by_hand():
+    """Raffel et al. 2020: half of the buckets for single distances, the others ever wider up to the longest."""
+    behind = np.array([-3, -1, 0, 1, 3, 4, 5, 6, 8, 15, 16, 1000])
+    # 8 buckets up to 16: 0 1 2 3, then 4 + floor(4 ln(d / 4) / ln 4): 4 from 4, 5 from 5.7, 6 from 8, 7 from 11.3
+    assert attention.bucket(jnp.array(behind), 8, 16, False).tolist() == [0, 0, 0, 1, 3, 4, 4, 5, 6, 7, 7, 7]
+    # both ways: 4 each, ahead in the upper half; 0 1, then 2 + floor(2 ln(d / 2) / ln 8): 2 from 2, 3 from 5.7
+    assert attention.bucket(jnp.array(behind), 8, 16, True).tolist() == [6, 5, 0, 1, 2, 2, 2, 3, 3, 3, 3, 3]
+
+
+# ---- frequencies of rope
+
+
+def frequencies(scaling, H=16, theta=10_000.0):
+    return attention.frequencies(H, theta, scaling)
+
+
+BASE = 10_000.0 ** (-np.arange(8) / 8)
+
+
+def test_plain_and_linear_frequencies():
+    plain, factor = frequencies(config.RopeScaling())
+    np.testing.assert_allclose(plain, BASE, rtol=1e-6)
+    linear, linear_factor = frequencies(config.RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(linear, BASE / 4, rtol=1e-6)
+    assert factor == linear_factor == 1
+
+
+def test_llama3_frequencies():
+    """Wavelengths below original / high stay, above original / low are divided, between them it goes smoothly."""
+    original, low, high, factor = 1000, 1.0, 4.0, 8.0
+    expected = []
+    for f in BASE:
+        wavelength = 2 * np.pi / f
+        if wavelength < original / high:
+            expected.append(f)
+        elif wavelength > original / low:
+            expected.append(f / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            expected.append((1 - smooth) * f / factor + smooth * f)
+    kept, divided = (sum(np.isclose(expected, x, rtol=1e-9)) for x in (BASE, BASE / factor))
+    assert min(kept, divided, 8 - kept - divided) > 0, "all three are tried"
+    found, attention_factor = frequencies(config.RopeScaling("llama3", factor, original, low, high))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert attention_factor == 1
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_frequencies(truncate):
+    """Peng et al. 2023, eqs. 17 to 23: a ramp over dimensions between those that turn beta_fast and beta_slow times."""
+    original, factor, fast, slow = 1000, 8.0, 32.0, 1.0
+    dimension = [16 * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(10_000.0)) for turns in (fast, slow)]
+    if truncate:
+        dimension = [np.floor(dimension[0]), np.ceil(dimension[1])]
+    ramp = np.clip((np.arange(8) - dimension[0]) / (dimension[1] - dimension[0]), 0, 1)
+    scaling = config.RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, truncate=truncate)
+    found, attention_factor = frequencies(scaling)
+    np.testing.assert_allclose(found, ramp * BASE / factor + (1 - ramp) * BASE, rtol=1e-6)
+    assert 0 < ((ramp > 0) & (ramp < 1)).sum() < 7
+    assert attention_factor == pytest.approx(0.1 * np.log(8) + 1)
+    given = config.RopeScaling("yarn", factor, original, attention=1.7, truncate=truncate)
+    assert frequencies(given)[1] == 1.7
+
+
+def test_the_factor_of_yarn_lengthens_what_is_turned():
+    x, at = normal(0, 1, 5, 1, 16), jnp.arange(5)[None]
+    turned = attention.rope(x, at, 10_000.0, config.RopeScaling("yarn", 8.0, 1000, attention=1.5))
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), 1.5 * np.linalg.norm(x, axis=-1), rtol=1e-5)
+
+
+# ---- where nothing is seen
 
 
 def test_a_row_that_sees_nothing_is_zero():

@@ -50,22 +50,43 @@ def test_norms():
     y, params = made(layers.Norm("layer", 1e-6), X)
     mean, deviation = X.mean(-1, keepdims=True), np.sqrt(X.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(y, (X - mean) / deviation * params["scale"] + params["bias"], atol=1e-5)
+    y, params = made(layers.Norm("rms_plus_one", 1e-2), X)
+    np.testing.assert_allclose(y, X / np.sqrt((X**2).mean(-1, keepdims=True) + 1e-2) * (1 + params["scale"]), atol=1e-5)
     zeros = jnp.zeros((1, 4))
     assert (layers.Norm("rms", 1e-6).apply({"params": {"scale": jnp.ones(4)}}, zeros) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["rms", "rms_plus_one", "layer"])
+def test_a_new_norm_scales_by_one(kind):
+    layer = layers.Norm(kind, 1e-6)
+    y = layer.apply(layer.init(jax.random.key(0), X), X)
+    np.testing.assert_allclose(jnp.square(y).mean(-1), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("width, shape", [(5, (5,)), (0, ())])
+def test_vector(width, shape):
+    layer = layers.Vector(width, 3.0)
+    value = layer.init(jax.random.key(0))["params"]["value"]
+    assert value.shape == shape and (value == 3).all() and (layer.apply({"params": {"value": value + 1}}) == 4).all()
+    spread = layers.Vector(4000, 3.0, std=0.5).init(jax.random.key(0))["params"]["value"]
+    assert abs(float(spread.mean()) - 3) < 0.04 and abs(float(spread.std()) - 0.5) < 0.03
 
 
 @pytest.mark.parametrize("activation, act", [
     ("gelu", lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))),
     ("gelu_tanh", lambda x: x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
-    ("swiglu", None),
+    ("quick_gelu", lambda x: x / (1 + np.exp(-1.702 * x))),
+    ("relu", lambda x: np.maximum(x, 0)),
+    ("silu", lambda x: x / (1 + np.exp(-x))),
+    ("swiglu", lambda x: x / (1 + np.exp(-x))),
+    ("geglu", lambda x: x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
 ])  # fmt: skip
 def test_mlp(activation, act):
     x = X[0]
     y, params = made(layers.MLP(7, activation, bias=True), x)
     up = x @ params["up"]["kernel"] + params["up"]["bias"]
-    if activation == "swiglu":
-        gate = x @ params["gate"]["kernel"] + params["gate"]["bias"]
-        hidden = up * gate / (1 + np.exp(-gate))
+    if activation in ("swiglu", "geglu"):
+        hidden = up * act(x @ params["gate"]["kernel"] + params["gate"]["bias"])
     else:
         hidden = act(up)
     np.testing.assert_allclose(y, hidden @ params["down"]["kernel"] + params["down"]["bias"], atol=1e-4)

@@ -1,0 +1,65 @@
+"""Every family against the Hugging Face implementation, on models of random weights."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from benchmarks import parity  # noqa: E402
+from gpt4v_jax.interop import table  # noqa: E402
+from gpt4v_jax.interop.families import FAMILIES  # noqa: E402
+from gpt4v_jax.model import attention  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.mark.parametrize("name", parity.CASES)
+def test_a_family_equals_its_reference(name, tmp_path):
+    """Outputs, cached decoding, and every tensor after import and export."""
+    result = parity.compare(name, tmp_path)
+    assert result["difference"] <= parity.BOUND and result["argmax"] == 1, result
+    assert result["missing"] == result["unexpected"] == result["differing"] == 0, result
+    assert result["tensors"] > 10 and result["parameters"] > 10_000, result
+    if parity.CASES[name].kind in ("decoder", "seq2seq"):
+        assert result["cached"] <= parity.BOUND and result["greedy"] == parity.NEW, result
+        assert result["cached_equals_uncached"], result
+
+
+@pytest.mark.parametrize("name", parity.PLANTED)
+def test_a_planted_bug_is_seen(name, tmp_path):
+    _, without, with_bug = parity.planted(name, tmp_path)
+    assert without <= parity.BOUND < with_bug
+
+
+def test_every_family_has_a_case():
+    assert {name.partition(",")[0] for name in parity.CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("buckets, longest", [(32, 128), (12, 15), (8, 20), (64, 100)])
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_buckets_are_those_of_t5(buckets, longest, both_ways):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    behind = np.arange(-200, 201)
+    theirs = T5Attention._relative_position_bucket(torch.tensor(-behind), both_ways, buckets, longest).numpy()
+    ours = attention.bucket(jnp.array(behind), buckets, longest, both_ways)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(jax.jit(lambda x: attention.bucket(x, buckets, longest, both_ways))(behind), theirs)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_are_those_of_the_reference(model_type):
+    """A config.json leaves out what has its default value, so that a wrong default is a silent error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.CONFIG_MAPPING[model_type]()
+    theirs = json.loads(config.to_json_string(use_diff=False))
+    assert len(theirs) > 10
+    assert table.read_config({"model_type": model_type}) == table.read_config(theirs)
