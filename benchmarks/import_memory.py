@@ -34,12 +34,12 @@ SHARD = 512 << 20
 
 
 def write(folder: Path) -> None:
+    from gpt4v_jax.interop import families, hf
     from gpt4v_jax.interop import folder as folder_lib
-    from gpt4v_jax.interop import hf
 
-    ours = hf.read_config(THEIRS)
+    ours = families.read_config(THEIRS)
     shards, index, size = [{}], {}, 0
-    for tensor in hf.tensors_of(hf.family_of(THEIRS), ours, hf.abstract_params(ours)):
+    for tensor in hf.tensors_of(families.family_of(THEIRS), ours, hf.abstract_params(ours)):
         n = 2 * int(np.prod(tensor.shape))
         if size + n > SHARD:
             shards, size = [*shards, {}], 0
@@ -68,11 +68,11 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
     import jax.numpy as jnp
 
     from gpt4v_jax import sharding
+    from gpt4v_jax.interop import families, hf
     from gpt4v_jax.interop import folder as folder_lib
-    from gpt4v_jax.interop import hf
 
     mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=-1, tensor=2 if jax.device_count() % 2 == 0 else 1))
-    ours = hf.read_config(folder_lib.read_json(folder / "config.json"))
+    ours = families.read_config(folder_lib.read_json(folder / "config.json"))
     hf.abstract_params(ours)
     jnp.zeros(1).block_until_ready()
     before, started = status("VmRSS"), time.time()

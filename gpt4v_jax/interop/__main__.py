@@ -17,8 +17,8 @@ from absl import flags
 
 from gpt4v_jax import config, sharding
 from gpt4v_jax.data import tokenizer as tokenizer_lib
+from gpt4v_jax.interop import families, hf, llama2c, table
 from gpt4v_jax.interop import folder as folder_lib
-from gpt4v_jax.interop import hf, llama2c, table
 from gpt4v_jax.model import flops
 from gpt4v_jax.training import checkpoint, workdir
 from gpt4v_jax.training.step import State
@@ -36,8 +36,8 @@ _SHARD_MB = flags.DEFINE_integer("shard_mb", hf.SHARD_BYTES >> 20, "export: file
 def inspect(name: str) -> None:
     folder = folder_lib.Folder(folder_lib.local(name))
     where = str(folder.path / "config.json")
-    family = table.family_of(folder.config, where)
-    ours = hf.tied_as_in(folder, family, table.read_config(folder.config, where))
+    family = families.family_of(folder.config, where)
+    ours = hf.tied_as_in(folder, family, families.read_config(folder.config, where))
     params = hf.abstract_params(ours)
     names, unread = hf.located(folder, family, table.tensors_of(family, ours, params))
     counts = flops.parameters(params)
@@ -58,7 +58,7 @@ def import_(name: str) -> None:
         imported, tokenizer = llama2c.load(Path(name), Path(needed("tokenizer", _TOKENIZER.value)), mesh)
     else:
         source = folder_lib.local(name)
-        kind = table.family_of(folder_lib.Folder(source).config, f"{source}/config.json").kind
+        kind = families.family_of(folder_lib.Folder(source).config, f"{source}/config.json").kind
         if kind is not config.Model:
             raise config.InputError(
                 f"{name} is an encoder (config.{kind.__name__}), not a language model: name it in a config's "
@@ -96,7 +96,7 @@ def export(name: str) -> None:
     out, folder = Path(needed("out", _OUT.value)), Path(name)
     run = workdir.load_config(folder)
     theirs = folder_lib.read_json(folder / "hf_config.json") if (folder / "hf_config.json").is_file() else {}
-    family = table.family_of({"model_type": _FAMILY.value or needed("family", theirs.get("model_type"))}, "--family")
+    family = families.family_of({"model_type": _FAMILY.value or needed("family", theirs.get("model_type"))}, "--family")
     image = _PART.value == "image"
     table.write_config(family, run.model.image if image else run.model)  # what it cannot say, before anything is read
     trained = workdir.restore(folder)

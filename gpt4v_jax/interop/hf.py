@@ -24,8 +24,9 @@ from safetensors.numpy import save_file
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
+from gpt4v_jax.interop.families import family_of
 from gpt4v_jax.interop.folder import INDEX, Folder, local, trim
-from gpt4v_jax.interop.table import Family, Tensor, family_of, read_config, tensors_of, to_ours, to_theirs, write_config
+from gpt4v_jax.interop.table import Family, Tensor, tensors_of, to_config, to_ours, to_theirs, write_config
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.model.image import ImageTower
 from gpt4v_jax.model.towers import Towers
@@ -127,8 +128,9 @@ def load(path: Path | str, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
     dtype: float32 | bfloat16 | float16 | keep: as in the file.
     """
     folder = Folder(local(path))
-    family = family_of(folder.config, str(folder.path / "config.json"))
-    ours = read_config(folder.config, str(folder.path / "config.json"))
+    where = str(folder.path / "config.json")
+    family = family_of(folder.config, where)
+    ours = to_config(family, folder.config, where)
     if dtype != "keep":
         config.one_of("dtype", dtype, (*DTYPES, "keep"))
     ours = tied_as_in(folder, family, ours)

@@ -15,8 +15,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from gpt4v_jax import config
 from gpt4v_jax.data.tokenizer import Tokenizer
-from gpt4v_jax.interop import hf, table
-from gpt4v_jax.interop.families import FAMILIES
+from gpt4v_jax.interop import families, hf, table
 
 BOS, EOS = 1, 2
 
@@ -24,8 +23,8 @@ BOS, EOS = 1, 2
 def load(path: Path, tokenizer: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[hf.Imported, Tokenizer]:
     """-> (the model, its tokenizer). Raises InputError for a file that is no such export."""
     theirs, tensors = _read(path)
-    family = FAMILIES["llama"]
-    ours = table.read_config(theirs, str(path))
+    family = families.FAMILIES["llama"]
+    ours = families.read_config(theirs, str(path))
     rows = table.tensors_of(family, ours, hf.abstract_params(ours))
     params = {}
     for row in rows:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt4v_jax import config
-from gpt4v_jax.interop import hf, table
+from gpt4v_jax.interop import families, hf, table
 from gpt4v_jax.interop.folder import Folder, local
 
 # Values of config.Model and config.Image that change what the weights of a part mean, beside the stack's own.
@@ -28,7 +28,7 @@ _ROWS = {"text/embed/table": 0, "text/position/table": 0, "head/kernel": 1, "hea
 def settings(path: Path | str):
     """A folder's config for a config file: `config.model.update(settings(DIR))`, of an image encoder
     `config.model.image.update(settings(DIR))`."""
-    ours = table.read_config(Folder(local(path)).config, str(path))
+    ours = families.read_config(Folder(local(path)).config, str(path))
     if isinstance(ours, config.Model):
         values = dataclasses.asdict(ours)
         return config.sections({k: v for k, v in values.items() if k not in ("image", "fusion") and v is not None})
@@ -88,8 +88,8 @@ def _image(flat: dict, model: config.Model, path: str, mesh, what: str):
 def _read(path: str):
     folder = Folder(local(path))
     where = str(folder.path / "config.json")
-    family = table.family_of(folder.config, where)
-    return folder, family, hf.tied_as_in(folder, family, table.read_config(folder.config, where))
+    family = families.family_of(folder.config, where)
+    return folder, family, hf.tied_as_in(folder, family, families.read_config(folder.config, where))
 
 
 def _compare(what: str, ours, theirs, names: tuple[str, ...] | None = None) -> None:

@@ -1,6 +1,6 @@
 """A family as data: keys of config.json, rows of tensors; and what they say of a config and of a parameter's shape.
 
-Both directions: `read_config` and `to_ours` come from the reference, `write_config` and `to_theirs` go to it.
+Both directions: `to_config` and `to_ours` come from the reference, `write_config` and `to_theirs` go to it.
 """
 
 import dataclasses
@@ -72,21 +72,8 @@ class Family:
 # ---- configs
 
 
-def family_of(theirs: dict[str, Any], where: str = "config.json") -> Family:
-    """-> the family of a config.json, by its model_type."""
-    from gpt4v_jax.interop.families import FAMILIES
-
-    known = tuple(FAMILIES)
-    name = theirs.get("model_type")
-    if name not in FAMILIES:
-        near = config.nearest(str(name), known)
-        raise config.InputError(f"{where}: model_type={name!r} is none of {', '.join(known)}{near}")
-    return FAMILIES[name]
-
-
-def read_config(theirs: dict[str, Any], where: str = "config.json"):
+def to_config(family: Family, theirs: dict[str, Any], where: str = "config.json"):
     """A config.json's values -> our config: config.Model, config.Image or config.Towers."""
-    family = family_of(theirs, where)
     flat = dict(family.fixed)
     try:
         for key in family.keys:
@@ -122,7 +109,7 @@ def write_config(family: Family, ours) -> dict[str, Any]:
         _set(theirs, key.theirs, list(value) if isinstance(value, tuple) else value)
     theirs |= {"model_type": family.model_type, "architectures": [family.architectures[0]]}
     theirs = _merge(_merge(theirs, family.extra), family.write(ours))
-    again = read_config(theirs, f"a {family.model_type}")
+    again = to_config(family, theirs, f"a {family.model_type}")
     for name, (here, there) in config.differences(ours, again).items():
         if name.rpartition(".")[2] not in ("dropout", "init_std"):  # those matter to training alone
             family_ = family.model_type

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import config
+from gpt4v_jax.interop import families, hf
 from gpt4v_jax.interop import folder as folder_lib
-from gpt4v_jax.interop import hf, table
 from tests.interop import tiny
 
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -132,7 +132,7 @@ def test_no_folder(tmp_path):
 ])  # fmt: skip
 def test_a_value_that_is_not_supported(values, named):
     with pytest.raises(config.InputError, match="somewhere/config.json: ") as error:
-        table.read_config({"model_type": "llama"} | tiny.THEIRS["llama"] | values, "somewhere/config.json")
+        families.read_config({"model_type": "llama"} | tiny.THEIRS["llama"] | values, "somewhere/config.json")
     assert named in str(error.value)
 
 
@@ -143,7 +143,7 @@ def test_a_value_that_is_not_supported(values, named):
 ])  # fmt: skip
 def test_a_choice_that_we_do_not_have(model_type, key, value):
     with pytest.raises(config.InputError, match=f"{key}={value!r} is not supported"):
-        table.read_config({"model_type": model_type, key: value})
+        families.read_config({"model_type": model_type, key: value})
 
 
 @pytest.mark.parametrize("kind, ours", [
@@ -155,9 +155,9 @@ def test_a_choice_that_we_do_not_have(model_type, key, value):
 ])  # fmt: skip
 def test_three_ways_to_say_the_same_rope(kind, ours):
     base = {k: v for k, v in tiny.THEIRS["llama"].items() if k != "rope_theta"} | {"model_type": "llama"}
-    new = table.read_config(base | {"rope_parameters": {"rope_type": ours.kind, "rope_theta": 900.0} | kind})
-    old = table.read_config(base | {"rope_theta": 900.0, "rope_scaling": {"rope_type": ours.kind} | kind})
-    older = table.read_config(base | {"rope_theta": 900.0, "rope_scaling": {"type": ours.kind} | kind})
+    new = families.read_config(base | {"rope_parameters": {"rope_type": ours.kind, "rope_theta": 900.0} | kind})
+    old = families.read_config(base | {"rope_theta": 900.0, "rope_scaling": {"rope_type": ours.kind} | kind})
+    older = families.read_config(base | {"rope_theta": 900.0, "rope_scaling": {"type": ours.kind} | kind})
     assert new == old == older
     assert new.backbone.rope_theta == 900 and new.backbone.rope_scaling == ours
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import config
+from gpt4v_jax.interop import families, hf, table
 from gpt4v_jax.interop import folder as folder_lib
-from gpt4v_jax.interop import hf, table
 from gpt4v_jax.interop.families import FAMILIES
 from tests.interop import tiny
 
@@ -34,7 +34,7 @@ def test_out_and_in_is_the_same_model(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_config_goes_out_and_in(model_type):
     ours = tiny.imported(model_type).config
-    assert table.read_config(json.loads(json.dumps(table.write_config(FAMILIES[model_type], ours)))) == ours
+    assert families.read_config(json.loads(json.dumps(table.write_config(FAMILIES[model_type], ours)))) == ours
 
 
 def test_shards_are_one_file_in_pieces(tmp_path):

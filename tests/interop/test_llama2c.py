@@ -22,7 +22,7 @@ TEXT = (
     "big, red ball. She wanted to play with it, but it was too high."
 )
 WIDTH, HIDDEN, DEPTH, HEADS, KV_HEADS, CONTEXT, HEAD_DIM = 16, 24, 2, 4, 2, 12, 4
-PIECES = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", " ", "ab", " ab", "é"]
+PIECES = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{i:02X}>" for i in range(256)), "a", "b", " ", "ab", " ab", "é", "ba"]
 SHAPES = {  # of a file, in its order
     "embed": (len(PIECES), WIDTH), "attention_norm": (DEPTH, WIDTH), "q": (DEPTH, WIDTH, WIDTH),
     "k": (DEPTH, KV_HEADS * HEAD_DIM, WIDTH), "v": (DEPTH, KV_HEADS * HEAD_DIM, WIDTH), "o": (DEPTH, WIDTH, WIDTH),
@@ -90,6 +90,7 @@ def test_its_tokenizer(tmp_path):
     _, tokenizer = llama2c.load(*write(tmp_path))
     names = [tokenizer.token(i) for i in tokenizer.prompt("ab b€")]
     assert names == ["<s>", "▁ab", "▁", "b", "<0xE2>", "<0x82>", "<0xAC>"]
+    assert [tokenizer.token(i) for i in tokenizer.encode("baba")] == ["▁", "b", "ab", "a"]  # ab has the better score
     for text in ("ab b€", "é", "<s>", "two\nlines"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.special == {"<end>": 1} and tokenizer.vocab == len(PIECES)
@@ -137,10 +138,10 @@ def test_a_header_that_makes_no_sense(tmp_path, at, value):
 
 
 @pytest.mark.parametrize("pieces, named", [
-    (PIECES[:-1], "t.bin is no llama2.c tokenizer of 265 tokens"), ([*PIECES, "c"], "another model's tokenizer"),
+    (PIECES[:-1], "t.bin is no llama2.c tokenizer of 266 tokens"), ([*PIECES, "c"], "another model's tokenizer"),
 ])  # fmt: skip
 def test_the_tokenizer_of_another_model(tmp_path, pieces, named):
-    assert len(PIECES) == 265
+    assert len(PIECES) == 266
     refused(*write(tmp_path, pieces=pieces), named)
 
 

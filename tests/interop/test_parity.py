@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from benchmarks import parity  # noqa: E402
-from gpt4v_jax.interop import table  # noqa: E402
+from gpt4v_jax.interop import families  # noqa: E402
 from gpt4v_jax.interop.families import FAMILIES  # noqa: E402
 from gpt4v_jax.model import attention  # noqa: E402
 
@@ -62,4 +62,4 @@ def test_defaults_are_those_of_the_reference(model_type):
         config = transformers.CONFIG_MAPPING[model_type]()
     theirs = json.loads(config.to_json_string(use_diff=False))
     assert len(theirs) > 10
-    assert table.read_config({"model_type": model_type}) == table.read_config(theirs)
+    assert families.read_config({"model_type": model_type}) == families.read_config(theirs)

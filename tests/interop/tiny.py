@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gpt4v_jax.interop import hf, table
+from gpt4v_jax.interop import families, hf
 from gpt4v_jax.interop.families import FAMILIES
 
 _TEXT = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -43,7 +43,7 @@ def _shapes(ours):
 def imported(model_type: str, dtype=jnp.float32, seed=0, **theirs) -> hf.Imported:
     """A model with random parameters. theirs: more values of its config.json."""
     values = {"model_type": model_type} | THEIRS[model_type] | theirs
-    ours, rng = table.read_config(values), np.random.default_rng(seed)
+    ours, rng = families.read_config(values), np.random.default_rng(seed)
     flat = {path: jnp.array(rng.normal(size=shape), dtype) for path, shape in _shapes(ours).items()}
     return hf.Imported(FAMILIES[model_type], ours, flax.traverse_util.unflatten_dict(flat, sep="/"), values)
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from gpt4v_jax import config
-from gpt4v_jax.interop import hf
+from gpt4v_jax.interop import families, hf
 from gpt4v_jax.model import flops, presets
 
 
@@ -318,7 +318,7 @@ PUBLIC = {
 
 @pytest.mark.parametrize("name", sorted({name for table in presets.KINDS.values() for name in table}))
 def test_equals_the_public_config(name):
-    ours, theirs = presets.named(name), hf.read_config(PUBLIC[name])
+    ours, theirs = presets.named(name), families.read_config(PUBLIC[name])
     assert type(ours) is type(theirs) and config.differences(ours, theirs) == {}
 
 
