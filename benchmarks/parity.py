@@ -2,7 +2,8 @@
 
     python -m benchmarks.parity --out docs/results        # needs torch and transformers: the extra "test", Python 3.11
 
-The references are those of benchmarks/references.py, batches are padded. `compare` is also what tests/interop/test_parity.py checks.
+The references are those of benchmarks/references.py, batches are padded. tests/interop/test_parity.py checks the same
+comparisons.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.interop import hf
+from gpt4v_jax.model.image import ImageTower
 from gpt4v_jax.training import workdir
 
 _OUT = flags.DEFINE_string("out", None, "a folder for parity.md; without it the table is only printed")
@@ -122,7 +124,7 @@ def _generation(imported, model, kind: str) -> dict[str, Any]:
     logits, cache = decode.prefill(module, imported.params, batch, slots=width + NEW)
     keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
     drawn, last, _ = decode.decode(
-        module, imported.params, logits, cache, keys, jnp.zeros(rows, bool), 0, sample.Sampling(), -1
+        module, imported.params, logits, cache, keys, jnp.zeros(rows, bool), 0, sample.Sampling(), ()
     )
     drawn = np.asarray(drawn)[:, :NEW]
     # Uncached: prompt and answer as one row; its logits must be those of the cached steps, the first and the last.
@@ -172,9 +174,14 @@ def _image(imported, model, kind: str) -> dict[str, Any]:
         theirs = out.pooler_output
     else:
         theirs = out.last_hidden_state
-    if type(model).__name__ == "CLIPVisionModel":  # its post-norm is on the class token alone
-        ours, theirs = ours[:, 0], out.pooler_output
-    return _difference(np.asarray(ours).reshape(-1, ours.shape[-1]), theirs.numpy().reshape(-1, theirs.shape[-1]))
+    if c.pool == "class" and not c.classes:
+        theirs = out.pooler_output
+    parts = [_difference(np.asarray(ours).reshape(-1, ours.shape[-1]), theirs.numpy().reshape(-1, theirs.shape[-1]))]
+    if hasattr(out, "last_hidden_state") and (c.pool != "none" or c.classes):  # what a language model would read
+        tower = ImageTower(dataclasses.replace(c, pool="none", classes=0))
+        ours, theirs = tower.apply({"params": imported.params}, patches, index), out.last_hidden_state.numpy()
+        parts.append(_difference(*(np.asarray(x).reshape(-1, theirs.shape[-1]) for x in (ours, theirs))))
+    return {"difference": max(p["difference"] for p in parts), "argmax": min(p["argmax"] for p in parts)}
 
 
 def _towers(imported, model, kind: str) -> dict[str, Any]:

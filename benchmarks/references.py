@@ -1,7 +1,7 @@
 """The references of benchmarks/parity.py: tiny Hugging Face models with random weights.
 
-initializer_range is 0.2, so that every operation matters: at 0.02 a wrong rope theta keeps 98 % of the argmaxes. Biases,
-norms and eps are away from their defaults.
+initializer_range is 0.2, so that every operation matters: at 0.02 a wrong rope theta keeps 98 % of the argmaxes.
+Biases, norms and eps are away from their defaults.
 """
 
 import copy

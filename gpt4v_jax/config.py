@@ -92,13 +92,15 @@ class Backbone:
     dropout: float = 0.0  # on the embedded stream and on the residual branches
 
     def __post_init__(self):
-        at_least(1, depth=self.depth, width=self.width, heads=self.heads)
+        at_least(1, depth=self.depth, width=self.width, heads=self.heads, rope_theta=self.rope_theta)
         at_least(0, kv_heads=self.kv_heads, head_dim=self.head_dim, hidden=self.hidden, window=self.window,
                  attention_scale=self.attention_scale, attention_cap=self.attention_cap, local_theta=self.local_theta,
                  buckets=self.buckets, layer_scale=self.layer_scale)  # fmt: skip
         for name, default in (("kv_heads", self.heads), ("head_dim", self.width // self.heads),
                               ("hidden", 4 * self.width)):
             object.__setattr__(self, name, getattr(self, name) or default)
+        if not self.head_dim:
+            raise InputError(f"width={self.width} is less than heads={self.heads}: there is no dimension for each head")
         if self.heads % self.kv_heads:
             raise InputError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: choose a divisor")
         one_of("norm", self.norm, ("rms", "rms_plus_one", "layer"))
@@ -132,6 +134,7 @@ class Image:
     mask_token: bool = False  # a learned vector for hidden patches (DINOv2); kept, not used yet
     pre_norm: bool = False  # LayerNorm before the encoder (CLIP)
     encoder: Backbone | None = None  # None: encoder-free, patches go straight into the stream
+    pool_norm: bool = False  # the last norm is on the pooled vector alone, patches go on without it (CLIP)
     pool: str = "none"  # of an ImageTower: none | class: the class token | map: attention by a learned query (SigLIP)
     classes: int = 0  # of an ImageTower: outputs of its head; 0: no head
     head_bias: bool = True
@@ -216,8 +219,8 @@ class Data:
     cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
     tokenizer: str = "bpe"  # bpe | char: trained on the training split | a tokenizer.json; kept in the workdir
     vocab: int = 512  # upper bound on the vocabulary of a trained BPE
-    start: str = ""  # the token with which an encoder-decoder's answer starts
-    end: str = "<end>"  # the token that ends an answer; imported tokenizers have their own
+    start: tuple[str, ...] = ()  # tokens with which an encoder-decoder's answer starts
+    end: tuple[str, ...] = ("<end>",)  # tokens that end an answer; imported tokenizers have their own
     pictures: str = "real"  # real | blank: the blind baseline's
     turns: int = 8  # questions of one picture in one training document, at most; 0: none is asked
     captions: int = 4  # captions of one picture in an epoch, at most, each in a document of its own
@@ -353,6 +356,8 @@ def parse(values: Mapping, cls=Config, path: str = "config"):
     for key in values:
         if key not in fields:
             raise InputError(f"unknown config key {path}.{key}{nearest(key, fields)}")
+    if cls is Backbone and isinstance(values.get("bias"), bool):  # as runs before November 2026 have it on disk
+        values = {**values, "bias": BIASES if values["bias"] else ()}
     hints = typing.get_type_hints(cls)
     parsed = {key: _parse_value(values[key], hints[key], f"{path}.{key}") for key in values}
     try:
@@ -386,6 +391,8 @@ def _parse_value(value: Any, hint: Any, path: str):
             raise InputError(f"{path}={value!r} must be a section of the config, with the keys of {hint.__name__}")
         return parse(value, hint, path)
     if typing.get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)) and options[0] is float:
+            value = tuple(float(item) if type(item) is int else item for item in value)
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, options[0]) for item in value):
             raise InputError(f"{path}={value!r} must be a list of {options[0].__name__}")
         return tuple(value)

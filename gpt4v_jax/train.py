@@ -44,7 +44,8 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
         tokenizer = tokenizer_lib.load(folder / "tokenizer.json", run.data.end)
     else:
         tokenizer = tokenizer_lib.train(run.data.tokenizer, sources.corpus(run.data), run.data.vocab)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=run.model.vocab or tokenizer.vocab))
+    vocab = run.model.vocab or max(tokenizer.vocab, parts.vocab(run))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=vocab))
     layout = batch_lib.layout(run.model, run.data)
     source = sources.from_records(records, run.data, tokenizer, layout, run.seed)
     plan = packing.RowPlan(source.sizes, layout, run.seed)

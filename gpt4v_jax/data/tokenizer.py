@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gpt4v_jax import config
 
@@ -17,14 +17,15 @@ SPECIALS = ("<pad>", "<end>", "<user>", "<assistant>", "<image>")
 class Tokenizer:
     """encode, decode, the size of the vocabulary, and the ids of the special tokens (`special["<end>"]`).
 
-    end: what the token is called that this tokenizer has for `<end>`.
+    end: the tokens that end an answer; `ends` are their ids. The first one is `special["<end>"]`.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, end: str = "<end>"):
+    def __init__(self, inner: tokenizers.Tokenizer, end: tuple[str, ...] = ("<end>",)):
         inner.encode_special_tokens = True  # "<end>" in a text is five characters, not the special token
         self.inner = inner
         self.vocab = inner.get_vocab_size(with_added_tokens=True)
-        ids = {name: inner.token_to_id(end if name == "<end>" else name) for name in SPECIALS}
+        self.ends = tuple(id for id in map(inner.token_to_id, end) if id is not None)
+        ids = {name: inner.token_to_id(name) for name in SPECIALS} | {"<end>": self.ends[0] if self.ends else None}
         self.special = {name: id for name, id in ids.items() if id is not None}
 
     def encode(self, text: str) -> list[int]:
@@ -56,7 +57,7 @@ class Tokenizer:
         return self.inner.to_str(pretty=True)
 
 
-def load(path: Path, end: str = "<end>") -> Tokenizer:
+def load(path: Path, end: tuple[str, ...] = ("<end>",)) -> Tokenizer:
     if not path.is_file():
         raise config.InputError(f"{path} is missing: a model's tokenizer belongs beside its config.json")
     try:
@@ -71,6 +72,8 @@ def train(kind: str, texts: Iterable[str], vocab: int) -> Tokenizer:
     if kind.endswith(".json"):
         loaded = load(Path(kind))
         loaded.inner.add_special_tokens(list(SPECIALS))
+        # Nothing around a text: documents and windows are laid without it, so prompts are, too.
+        loaded.inner.post_processor = processors.TemplateProcessing("$0")
         return Tokenizer(loaded.inner)
     config.one_of("data.tokenizer", kind, ("char", "bpe", "*.json"))
     return _characters(texts) if kind == "char" else _bpe(texts, vocab)

@@ -49,7 +49,8 @@ def main() -> None:
     if truth is not None:
         print(f"question: {question}\ntruth:    {truth}")
     for answer in answers:
-        print(f"answer:   {answer.text}" if trained.layout.size else question + answer.text)
+        goes_on = not trained.layout.size and not trained.run.model.source
+        print(question + answer.text if goes_on else f"answer:   {answer.text}")
 
 
 def _record(trained: workdir.Trained, name: str):

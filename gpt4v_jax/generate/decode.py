@@ -39,16 +39,20 @@ def prompt(trained: Trained, text: str, pictures: Sequence[int] = ()) -> chat.Do
         pieces = [chat.Piece("user", picture=key) for key in pictures] + [chat.Piece("user", ids)]
         return chat.document(pieces, special, trained.layout)
     if trained.run.model.source:
-        start = trained.tokenizer.id(trained.run.data.start)
-        if start is None:
-            raise config.InputError(f"data.start={trained.run.data.start!r} is no token: which one starts an answer?")
-        return chat.Document(
-            np.array([start], np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32), np.ones(1, bool),
-            source=tuple(trained.tokenizer.prompt(text)),
-        )  # fmt: skip
-    ids = trained.tokenizer.prompt(text)
+        start = [trained.tokenizer.id(token) for token in trained.run.data.start]
+        if not start or None in start:
+            raise config.InputError(f"data.start={trained.run.data.start!r} are no tokens: which ones start an answer?")
+        return dataclasses.replace(_plain(start), source=tuple(_not_empty(trained.tokenizer.prompt(text))))
+    return _plain(_not_empty(trained.tokenizer.prompt(text)))
+
+
+def _not_empty(ids: list[int]) -> list[int]:
     if not ids:
         raise config.InputError("the prompt is empty: a model of plain text needs at least one character")
+    return ids
+
+
+def _plain(ids: list[int]) -> chat.Document:
     return chat.shifted(np.array(ids, np.int32), np.zeros(len(ids), bool), np.ones(len(ids), bool))
 
 
@@ -62,10 +66,12 @@ def generate(
     stop: Sequence[str] = (),
 ) -> list[Answer]:
     """-> one Answer a prompt. pictures: uint8 [size,size,3], indexed by the prompts' keys; seeds: one a prompt."""
-    context, end = trained.layout.context, trained.tokenizer.special.get("<end>", -1)
+    context, end = trained.layout.context, trained.tokenizer.ends
     if not trained.run.model.causal:
         raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
-    longest = max(max(len(p), len(p.source)) for p in prompts)
+    longest, read = max(map(len, prompts)), max(len(p.source) for p in prompts)
+    if read > context:
+        raise config.InputError(f"the prompt has {read} positions, the encoder reads at most {context}: shorten it")
     if longest >= context:
         raise config.InputError(
             f"the prompt has {longest} positions (pictures included), the model's context is {context}: "
@@ -79,8 +85,7 @@ def generate(
     if len(seeds) != len(prompts):
         raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
 
-    width = min(-(-longest // BUCKET) * BUCKET, context)
-    source = width if trained.layout.source else 0
+    width, source = (min(-(-n // BUCKET) * BUCKET, context) for n in (longest, read))
     items = max(len(p.pictures) for p in prompts)
     layout = dataclasses.replace(trained.layout, context=width, items=items, source=source)
     batch = packing.stack([packing.fill([p], lambda key: pictures[key], layout) for p in prompts])
@@ -99,18 +104,23 @@ def generate(
         for i, row in enumerate(np.asarray(drawn)):
             if answers[i] is None:
                 tokens[i].extend(row.tolist())
-                answers[i] = _finished(trained.tokenizer, tokens[i], room[i], stop, end)
+                answers[i] = _finished(trained, prompts[i], tokens[i], room[i], stop)
         if all(answers):
             break
     return answers
 
 
-def _finished(tokenizer, tokens: list[int], room: int, stop: Sequence[str], end: int) -> Answer | None:
-    """-> the Answer, if these tokens hold its end. Text is cut before a stop string."""
+def _finished(trained: Trained, asked: chat.Document, tokens: list[int], room: int, stop: Sequence[str]):
+    """-> the Answer, if these tokens hold its end, else None. Text is cut before a stop string."""
     kept, finish = tokens[:room], "length" if len(tokens) >= room else None
-    if end in kept:
-        kept, finish = kept[: kept.index(end)], "stop"
-    text = tokenizer.decode(kept)
+    at = next((i for i, token in enumerate(kept) if token in trained.tokenizer.ends), None)
+    if at is not None:
+        kept, finish = kept[:at], "stop"
+    text = trained.tokenizer.decode(kept)
+    if not trained.layout.size and not asked.source:  # it goes on: some decoders drop the blank that a text begins with
+        before = trained.tokenizer.decode(asked.tokens)
+        whole = trained.tokenizer.decode([*asked.tokens, *kept])
+        text = whole[len(before) :] if whole.startswith(before) else text
     cuts = [text.index(s) for s in stop if s in text]
     if cuts:
         text, finish = text[: min(cuts)], "stop"
@@ -128,7 +138,7 @@ def prefill(model: GPT4V, params, batch: batch_lib.Batch, slots: int):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "end"), donate_argnames="cache")
-def decode(model: GPT4V, params, logits, cache, keys, done, first, sampling: sample.Sampling, end: int):
+def decode(model: GPT4V, params, logits, cache, keys, done, first, sampling: sample.Sampling, end: tuple[int, ...]):
     """Draws up to BLOCK tokens a row, and stops early when all rows are done.
 
     -> (tokens [B,BLOCK], the logits after them, cache). first: tokens drawn before; token n is drawn by key
@@ -145,9 +155,10 @@ def decode(model: GPT4V, params, logits, cache, keys, done, first, sampling: sam
         token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, first + n)
         token = sample.draw(logits, token_keys, sampling)
         logits, cache = step(model, params, token, cache)
-        return n + 1, tokens.at[:, n].set(token), logits, cache, done | (token == end)
+        return n + 1, tokens.at[:, n].set(token), logits, cache, done | jnp.isin(token, jnp.array(end, jnp.int32))
 
-    start = (jnp.int32(0), jnp.full((rows, BLOCK), end, jnp.int32), logits, cache, done)
+    rest = end[0] if end else -1
+    start = (jnp.int32(0), jnp.full((rows, BLOCK), rest, jnp.int32), logits, cache, done)
     _, tokens, logits, cache, _ = jax.lax.while_loop(go_on, one, start)
     return tokens, logits, cache
 

@@ -51,11 +51,11 @@ def inspect(name: str) -> None:
 def import_(name: str) -> None:
     """A language model -> a workdir with a checkpoint of step 0."""
     folder = Path(needed("workdir", _WORKDIR.value))
-    if (folder / "config.json").exists():
-        raise config.InputError(f"--workdir={folder} holds a run already: name another folder")
-    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=-1))
+    if (folder / "config.json").exists() or checkpoint.exists(folder):
+        raise config.InputError(f"--workdir={folder} holds a run already, or a part of one: name another folder")
+    dtype, mesh = _DTYPE.value or "float32", sharding.make_mesh(config.Mesh())
     if Path(name).suffix == ".bin":
-        imported, tokenizer = llama2c.load(Path(name), Path(needed("tokenizer", _TOKENIZER.value)), mesh)
+        imported, tokenizer = llama2c.load(Path(name), Path(needed("tokenizer", _TOKENIZER.value)), dtype, mesh)
     else:
         source = folder_lib.local(name)
         kind = families.family_of(folder_lib.Folder(source).config, f"{source}/config.json").kind
@@ -68,13 +68,12 @@ def import_(name: str) -> None:
         if not path.is_file():
             raise config.InputError(f"{path} is missing: give a tokenizer.json with --tokenizer")
         tokenizer = tokenizer_lib.load(path)
-        imported = hf.load(source, _DTYPE.value or "float32", mesh)
+        imported = hf.load(source, dtype, mesh)
     if tokenizer.vocab > imported.config.vocab:
-        raise config.InputError(
-            f"the tokenizer has {tokenizer.vocab} tokens, the model {imported.config.vocab}: is it another model's?"
-        )
-    start, end = (_token(tokenizer, imported.theirs, f"{name}_token_id") for name in ("decoder_start", "eos"))
-    data = config.Data(name="", start=start or "", end=end or "<end>")
+        print(f"note: the tokenizer has {tokenizer.vocab} tokens, the model {imported.config.vocab}: is it its own?")
+    start = _tokens(tokenizer, imported.theirs, "decoder_start_token_id", "forced_bos_token_id")
+    end = _tokens(tokenizer, imported.theirs, "eos_token_id")
+    data = config.Data(name="", start=start, end=end or config.Data().end)
     workdir.create(folder)
     checkpoints = checkpoint.Checkpoints(folder)
     checkpoints.save(State(0, imported.params, {}))
@@ -86,10 +85,11 @@ def import_(name: str) -> None:
     print(f"{name}: {imported.family.model_type}, {sum(counts.values()):,} parameters -> {folder}")
 
 
-def _token(tokenizer: tokenizer_lib.Tokenizer, theirs: dict, key: str) -> str | None:
-    ids = theirs.get(key)
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    return tokenizer.token(first) if isinstance(first, int) else None
+def _tokens(tokenizer: tokenizer_lib.Tokenizer, theirs: dict, *keys: str) -> tuple[str, ...]:
+    """-> the tokens of the ids under `keys`, of generation_config.json before config.json."""
+    ids = [theirs.get("generation", {}).get(key, theirs.get(key)) for key in keys]
+    flat = [id for one in ids for id in (one if isinstance(one, list) else [one]) if isinstance(id, int)]
+    return tuple(token for token in map(tokenizer.token, flat) if token is not None)
 
 
 def export(name: str) -> None:
@@ -104,8 +104,8 @@ def export(name: str) -> None:
         params = {name: value for name, value in trained.params["image"].items() if name != "connector"}
         imported, tokenizer = hf.Imported(family, run.model.image, params, {}), ""
     else:
-        special = {"eos_token_id": trained.tokenizer.special.get("<end>")}
-        theirs = theirs or {key: value for key, value in special.items() if value is not None}
+        ends = list(trained.tokenizer.ends)
+        theirs = theirs or ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
         imported = hf.Imported(family, trained.run.model, trained.params, theirs)
         tokenizer = trained.tokenizer.to_json()
     hf.save(imported, out, tokenizer, dtype=_DTYPE.value or "keep", shard_bytes=_SHARD_MB.value << 20)

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 
 from gpt4v_jax import config
 
 INDEX = "model.safetensors.index.json"
+DTYPES = ("F32", "BF16", "F16")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 
 
@@ -24,13 +24,12 @@ class Folder:
         if not self.path.is_dir():
             raise config.InputError(f"{path} is no folder: give one with config.json and model.safetensors")
         self.config = read_json(self.path / "config.json")
-        for name in ("config.json", "tokenizer_config.json"):
-            values = read_json(self.path / name) if (self.path / name).is_file() else {}
-            for key in ("auto_map", "trust_remote_code"):
-                if values.get(key):
-                    raise config.InputError(f"{self.path / name} has {key}: it asks to run code of its own; refused")
-        if (self.path / "preprocessor_config.json").is_file():
-            self.config = self.config | {"preprocessor": read_json(self.path / "preprocessor_config.json")}
+        refuse_code(self.path / "config.json", self.config)
+        for name in ("tokenizer", "processor", "preprocessor", "generation"):
+            path = self.path / f"{name}_config.json"
+            if path.is_file():
+                self.config[name] = read_json(path)  # "preprocessor" and "generation" are read as sections
+                refuse_code(path, self.config[name])
         self.files = {}  # name of a tensor -> the file that holds it
         self.shapes = {}
         for file in self._shards():
@@ -44,6 +43,8 @@ class Folder:
 
     def _shards(self) -> list[Path]:
         if (self.path / INDEX).is_file():
+            if (self.path / "model.safetensors").is_file():
+                raise config.InputError(f"{self.path} has model.safetensors and {INDEX}: remove the one that is wrong")
             shards = [self.path / name for name in sorted(set(self._index().values()))]
             for shard in shards:
                 if shard.parent != self.path:
@@ -79,23 +80,30 @@ class Folder:
             raise config.InputError(f"{odd} is in {self.path}, but {INDEX} does not name it: which of them is right?")
 
 
+    def check(self, name: str) -> None:
+        """Raises InputError where a tensor is of a dtype that we do not read."""
+        with opened(self.files[name]) as file:
+            dtype = file.get_slice(name).get_dtype()
+        if dtype not in DTYPES:
+            raise config.InputError(f"{self.files[name]}: {name} holds {dtype}: only {', '.join(DTYPES)} are read")
+
     def tensor(self, name: str):
         """-> the array. The file is opened anew each time, so that pages of what was read before are not kept."""
-        try:
-            with opened(self.files[name]) as file:
-                return file.get_tensor(name)
-        except (safetensors.SafetensorError, TypeError, AttributeError) as error:  # of a dtype that numpy has not
-            raise config.InputError(f"{self.files[name]}: {name} cannot be read: {error}") from error
+        self.check(name)
+        with opened(self.files[name]) as file:
+            return file.get_tensor(name)
 
     def same(self, one: str, other: str) -> bool:
         """Are two tensors equal? Compared in pieces, for they may be large."""
         if self.shapes[one] != self.shapes[other]:
             return False
+        self.check(one)
+        self.check(other)
         n = self.shapes[one][0]
         with opened(self.files[one]) as file, opened(self.files[other]) as other_file:
             left, right = file.get_slice(one), other_file.get_slice(other)
             pieces = (slice(i, min(i + 4096, n)) for i in range(0, n, 4096))
-            return all(np.array_equal(left[at], right[at]) for at in pieces)
+            return all(left[at].tobytes() == right[at].tobytes() for at in pieces)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,11 +111,20 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except OSError as error:
         raise config.InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise config.InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise config.InputError(f"{path} holds {type(values).__name__}, not an object")
     return values
+
+
+def refuse_code(path: Path, values) -> None:
+    """Raises InputError where a config, or a section of it, asks for code of its own."""
+    for key, value in values.items():
+        if key in ("auto_map", "trust_remote_code") and value:
+            raise config.InputError(f"{path} has {key}: it asks to run code of its own; refused")
+        if isinstance(value, dict):
+            refuse_code(path, value)
 
 
 def opened(file: Path):
@@ -120,14 +137,15 @@ def opened(file: Path):
 
 def local(path: Path | str) -> Path:
     """A folder -> itself; a hub name such as "org/model" -> its files, downloaded by huggingface_hub."""
-    if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) and not Path(path).parts[0].startswith(".")
+    if not is_name or Path(path).exists() or Path(path).parent != Path() and Path(path).parent.exists():
         return Path(path)
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # one of many kinds: no network, no such model, no right to it
-        text = " ".join(str(error).split())[:200]
+        text = " ".join(str(error).split()).partition(". ")[0]
         raise config.InputError(f"{path} is no folder here, and could not be had from the hub: {text}") from error
 
 

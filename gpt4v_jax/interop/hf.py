@@ -34,8 +34,8 @@ from gpt4v_jax.model.towers import Towers
 SHARD_BYTES = 4 << 30
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # Keys of config.json that are not the model's: they go out as they came in.
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id",
-        "forced_bos_token_id")  # fmt: skip
+KEPT = ("id2label", "label2id", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+        "forced_eos_token_id", "forced_bos_token_id")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def located(folder: Folder, family: Family, tensors: list[Tensor]) -> tuple[dict
         name for new, name in there.items()
         if new not in wanted and name not in unread and not (family.buffers and re.search(family.buffers, new))
     )  # fmt: skip
-    wrong = [f"missing {name}" for name in wanted if name not in there]
+    wrong = [f"missing {name}" for name in wanted if name not in there and not _may_lack(family, name)]
     wrong += [f"extra {name} {folder.shapes[name]}" for name in extra]
     wrong += [
         f"{there[name]} has shape {folder.shapes[there[name]]}, the config says {t.shape}"
@@ -103,20 +103,24 @@ def located(folder: Folder, family: Family, tensors: list[Tensor]) -> tuple[dict
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise config.InputError(f"{folder.path} does not fit its config: {'; '.join(wrong[:8])}{more}")
-    return {name: there[name] for name in wanted}, unread
+    return {name: there[name] for name in wanted if name in there}, unread
+
+
+def _may_lack(family: Family, name: str) -> bool:
+    return bool(family.zero and re.search(family.zero, name))
 
 
 def arrays(folder: Folder, family: Family, tensors: list[Tensor], names: dict[str, str]):
     """-> (path, array) of every parameter, one tensor in memory at a time, a file after the other."""
     by_file: dict[Path, list[Tensor]] = {}
     for tensor in tensors:
-        by_file.setdefault(folder.files[names[tensor.name]], []).append(tensor)
-    for file, held in sorted(by_file.items()):
+        if tensor.name in names:
+            by_file.setdefault(folder.files[names[tensor.name]], []).append(tensor)
+        else:
+            yield from to_ours(tensor, np.zeros(tensor.shape, np.float32))
+    for _, held in sorted(by_file.items()):
         for tensor in held:
             x = folder.tensor(names[tensor.name])
-            if x.dtype.name not in DTYPES:
-                known = ", ".join(DTYPES)
-                raise config.InputError(f"{file}: {tensor.name} holds {x.dtype}: only {known} are read")
             yield from to_ours(tensor, x)
             del x
             trim()
@@ -143,6 +147,8 @@ def load(path: Path | str, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
 def put(x: np.ndarray, path: str, dtype, mesh: jax.sharding.Mesh | None) -> jax.Array:
     """An array of the host -> its place on the mesh; each device gets its own part of it alone."""
     dtype = x.dtype if dtype is None else dtype
+    if dtype == jnp.float16 and x.dtype != dtype and not np.isfinite(x.astype(np.float16)).all():
+        raise config.InputError(f"{path} has values beyond float16's 65,504: use float32 or bfloat16")
     if mesh is None:
         return jnp.array(x, dtype)
     place = sharding.param_sharding(path, x.shape, mesh)
@@ -178,11 +184,11 @@ def tied_as_in(folder: Folder, family: Family, ours):
 # ---- out
 
 
-def save(imported: Imported, path: Path | str, tokenizer: str = "", generation: dict | None = None,
-         dtype: str = "keep", shard_bytes: int = SHARD_BYTES) -> None:  # fmt: skip
+def save(imported: Imported, path: Path | str, tokenizer: str = "", dtype: str = "keep",
+         shard_bytes: int = SHARD_BYTES) -> None:  # fmt: skip
     """Writes a folder that the reference's from_pretrained takes: config, safetensors, generation_config, tokenizer.
 
-    The folder appears whole or not at all. tokenizer: the text of tokenizer.json. generation: generation_config.json.
+    The folder appears whole or not at all. tokenizer: the text of tokenizer.json.
     """
     path = Path(path)
     if path.exists():
@@ -190,24 +196,31 @@ def save(imported: Imported, path: Path | str, tokenizer: str = "", generation: 
     theirs = write_config(imported.family, imported.config)
     preprocessor = theirs.pop("preprocessor", None)
     kept = {key: imported.theirs[key] for key in KEPT if key in imported.theirs}
+    if len(kept.get("id2label") or ()) != len(theirs.get("id2label") or ()):
+        kept = {key: value for key, value in kept.items() if key not in ("id2label", "label2id")}
     if "text_config" in theirs:
         text = imported.theirs.get("text_config", {})
         kept["text_config"] = theirs["text_config"] | {key: text[key] for key in KEPT if key in text}
     params = flax.traverse_util.flatten_dict(imported.params, sep="/")
     tensors = tensors_of(imported.family, imported.config, params)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}"))
+    except OSError as error:
+        raise config.InputError(f"{path} cannot be written: {error.strerror}") from error
     try:
         dtypes = _write_shards(temporary, tensors, params, DTYPES.get(dtype), shard_bytes)
         theirs |= kept | {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
         _write_json(temporary / "config.json", theirs)
         if imported.family.generates:
-            _write_json(temporary / "generation_config.json", generation or {k: kept[k] for k in KEPT if k in kept})
+            ids = {key: value for key, value in kept.items() if key.endswith("_id")}
+            _write_json(temporary / "generation_config.json", imported.theirs.get("generation") or ids)
         if preprocessor is not None:
-            size = theirs.get("vision_config", theirs)["image_size"]
-            _write_json(temporary / "preprocessor_config.json", preprocessor | {
-                "image_processor_type": imported.family.preprocessor, "do_resize": True, "do_rescale": True,
-                "do_normalize": True, "rescale_factor": 1 / 255, "size": {"height": size, "width": size},
+            size = dict.fromkeys(("height", "width"), theirs.get("vision_config", theirs)["image_size"])
+            resample = {k: v for k, v in imported.theirs.get("preprocessor", {}).items() if k == "resample"}
+            _write_json(temporary / "preprocessor_config.json", preprocessor | resample | {
+                "image_processor_type": imported.family.preprocessor, "do_resize": True, "size": size,
+                "do_center_crop": False, "crop_size": size,
             })  # fmt: skip
         if tokenizer:
             (temporary / "tokenizer.json").write_text(tokenizer)

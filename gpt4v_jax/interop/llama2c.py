@@ -20,8 +20,8 @@ from gpt4v_jax.interop import families, hf, table
 BOS, EOS = 1, 2
 
 
-def load(path: Path, tokenizer: Path, mesh: jax.sharding.Mesh | None = None) -> tuple[hf.Imported, Tokenizer]:
-    """-> (the model, its tokenizer). Raises InputError for a file that is no such export."""
+def load(path: Path, tokenizer: Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None):
+    """-> (the model: hf.Imported, its Tokenizer). Raises InputError for a file that is no such export."""
     theirs, tensors = _read(path)
     family = families.FAMILIES["llama"]
     ours = families.read_config(theirs, str(path))
@@ -29,7 +29,7 @@ def load(path: Path, tokenizer: Path, mesh: jax.sharding.Mesh | None = None) -> 
     params = {}
     for row in rows:
         for name, x in table.to_ours(row, tensors[row.name]):
-            params[name] = hf.put(x, name, np.float32, mesh)
+            params[name] = hf.put(x, name, hf.DTYPES.get(dtype, np.float32), mesh)
     tree = flax.traverse_util.unflatten_dict(params, sep="/")
     return hf.Imported(family, ours, tree, theirs), _tokenizer(tokenizer, ours.vocab)
 
@@ -119,4 +119,4 @@ def _tokenizer(path: Path, vocab: int) -> Tokenizer:
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
     inner.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return Tokenizer(inner, "<s>")
+    return Tokenizer(inner, ("<s>",))

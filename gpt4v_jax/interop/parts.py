@@ -21,19 +21,25 @@ from gpt4v_jax.interop.folder import Folder, local
 _MODEL = ("causal", "position", "position_offset", "token_types", "embed_scale", "tied", "head_hidden", "head_bias",
           "logit_scale", "logit_cap")  # fmt: skip
 _IMAGE = ("size", "patch", "mean", "std", "patch_norm", "patch_bias", "position", "class_token", "pre_norm")
+_OWN = ("image", "fusion", "context")
 # Parameters that may have more rows than the folder's, or for positions fewer: path -> the axis of the rows.
 _ROWS = {"text/embed/table": 0, "text/position/table": 0, "head/kernel": 1, "head_bias/value": 0}
 
 
 def settings(path: Path | str):
     """A folder's config for a config file: `config.model.update(settings(DIR))`, of an image encoder
-    `config.model.image.update(settings(DIR))`."""
+    `config.model.image.update(settings(DIR))`. Not the context: the length of a run's rows is the run's own."""
     ours = families.read_config(Folder(local(path)).config, str(path))
     if isinstance(ours, config.Model):
         values = dataclasses.asdict(ours)
-        return config.sections({k: v for k, v in values.items() if k not in ("image", "fusion") and v is not None})
+        return config.sections({k: v for k, v in values.items() if k not in _OWN and v is not None})
     image = ours.image if isinstance(ours, config.Towers) else ours
     return config.sections(dataclasses.asdict(dataclasses.replace(image, pool="none", classes=0, mask_token=False)))
+
+
+def vocab(run: config.Config) -> int:
+    """The vocabulary of the folder that fills the backbone, which may be padded beyond its tokenizer's; 0: none."""
+    return _read(run.init_from.backbone)[2].vocab if run.init_from.backbone else 0
 
 
 def initialise(params: Any, run: config.Config, mesh: jax.sharding.Mesh) -> tuple[Any, list[str]]:
@@ -126,7 +132,10 @@ def _take(flat, folder, family, theirs, paths: dict[str, str], mesh, what: str, 
         axis = _ROWS.get(here)
         same_but_rows = axis is not None and x.ndim == old.ndim and _without(x.shape, axis) == _without(old.shape, axis)
         if not same_but_rows or (x.shape[axis] > old.shape[axis] and here != "text/position/table"):
-            raise config.InputError(f"{what}: {here} has shape {x.shape} in the folder and {old.shape} in this config")
+            hint = "; model.vocab may be larger than the folder's, not smaller" if axis is not None else ""
+            raise config.InputError(
+                f"{what}: {here} has shape {x.shape} in the folder and {old.shape} in this config{hint}"
+            )
         rows = min(x.shape[axis], old.shape[axis])
         at = (slice(None),) * axis + (slice(rows),)
         taken[here] = jax.device_put(old.at[at].set(jnp.asarray(x[at], old.dtype)), old.sharding)

@@ -62,6 +62,7 @@ class Family:
     write: Callable[[Any], dict] = lambda ours: {}  # and back
     base: str = ""  # prefix of names that a file of the bare inner model lacks
     buffers: str = ""  # names that are no weights, or repeat one: not read (a pattern)
+    zero: str = ""  # names of weights that a file may lack: they are 0 then
     unread: str = ""  # names of weights that our model has no place for: not read, but told
     renamed: tuple[tuple[str, str], ...] = ()  # older names -> those of the rows (patterns)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # what else `save` writes into config.json
@@ -76,9 +77,12 @@ def to_config(family: Family, theirs: dict[str, Any], where: str = "config.json"
     """A config.json's values -> our config: config.Model, config.Image or config.Towers."""
     flat = dict(family.fixed)
     try:
+        for section in ("text_config", "vision_config"):  # of CLIP; the second spelling counts where both are there
+            if theirs.get(f"{section}_dict"):
+                theirs = theirs | {section: (theirs.get(section) or {}) | theirs[f"{section}_dict"]}
         for key in family.keys:
             value = _get(theirs, key.theirs, key.default)
-            if not key.ours and value != key.default:
+            if not key.ours and value != key.default and (value is not None or key.default):
                 raise config.InputError(f"{key.theirs}={value!r} is not supported, only {key.default!r} is")
             if isinstance(value, str) and any(isinstance(t, str) for t, _ in key.values):
                 config.one_of(key.theirs, value, tuple(t for t, _ in key.values))
@@ -88,7 +92,7 @@ def to_config(family: Family, theirs: dict[str, Any], where: str = "config.json"
         return config.parse(_nested(flat), family.kind)
     except config.InputError as error:
         raise config.InputError(f"{where}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # values of types that no such config has
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise config.InputError(f"{where}: it is no config of a {family.model_type}: {error!r}") from error
 
 

@@ -107,6 +107,7 @@ class Backbone(nn.Module):
     config: config.Backbone
     rotary: bool = False
     both_ways: bool = False  # relative positions tell keys ahead from keys behind
+    last_norm: bool = True
 
     @nn.compact
     def __call__(self, x, position, sight, cache: attention.Cache | None = None, key=None, capture=False, memory=None):
@@ -136,6 +137,6 @@ class Backbone(nn.Module):
             if kind == "cross":
                 memory_kvs.append(memory_kv)
             out |= {f"block_{i}/{name}": value for name, value in captured.items()}
-        if c.norm_place != "post":
+        if c.norm_place != "post" and self.last_norm:
             x = Norm(c.norm, c.norm_eps, name="norm")(x)
         return x, kvs, tuple(memory_kvs), out

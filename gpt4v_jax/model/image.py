@@ -56,7 +56,7 @@ def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None):
     if c.pre_norm:
         x = Norm("layer", c.encoder.norm_eps, name="pre_norm")(x)
     item = item_BM if item_BN is None else jnp.concatenate([item_BN, item_BM], axis=1)
-    return Backbone(c.encoder, name="encoder")(x, None, attention.bidirectional(item))[0]
+    return Backbone(c.encoder, last_norm=not c.pool_norm, name="encoder")(x, None, attention.bidirectional(item))[0]
 
 
 class ImageEmbed(nn.Module):
@@ -95,6 +95,8 @@ class ImageTower(nn.Module):
         x = _encode(c, patch_BMp, index_BM3, one, one[:, :1] if c.class_token else None)
         if c.pool == "class":
             x = x[:, 0]
+            if c.pool_norm:
+                x = Norm(c.encoder.norm, c.encoder.norm_eps, name="pool_norm")(x)
         if c.pool == "map":
             x = MapPool(c.encoder, name="pool")(x)
         return Linear((width,), (c.classes,), c.head_bias, name="head")(x) if c.classes else x

@@ -88,12 +88,13 @@ class Checkpoints:
         return State(jax.device_put(position, state.step.sharding), items.params, items.optimizer)
 
     def restore_params(self, abstract_params, mesh: jax.sharding.Mesh, step: int):
-        """-> the parameters at `step`, on `mesh`."""
+        """-> the parameters at `step`, on `mesh`, in the dtype in which they were saved."""
         self.check(abstract_params, step)
         target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            lambda x, s, saved: jax.ShapeDtypeStruct(x.shape, saved.dtype, sharding=s),
             abstract_params,
             sharding.params_sharding(abstract_params, mesh),
+            self._manager.item_metadata(step)["params"].tree,
         )
         args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
         return self._manager.restore(step, args=args).params

@@ -203,7 +203,8 @@ def test_packed_pictures_are_each_alone(model_type):
 def test_settings_are_the_folder_s(folders):
     values = config.default()
     values.model.update(parts.settings(folders / "llama"))
-    assert config.parse(values.to_dict()).model == tiny.imported("llama").config
+    theirs = dataclasses.replace(tiny.imported("llama").config, context=config.Model().context)  # which is the run's
+    assert config.parse(values.to_dict()).model == theirs
     values.model.image.update(parts.settings(folders / "clip"))
     image = dataclasses.replace(tiny.imported("clip").config.image, pool="none", classes=0)
     assert config.parse(values.to_dict()).model.image == image

@@ -56,6 +56,15 @@ def patches(theirs: str, ours: str) -> tuple[Row, ...]:
     return weight, Row(f"{theirs}.bias", f"{ours}/bias", "D -> D")
 
 
+def pixels(ours: str, mean: tuple, std: tuple) -> tuple[Key, ...]:
+    """preprocessor_config.json: how pixels are normalised."""
+    return (
+        key("preprocessor.image_mean", f"{ours}mean", mean), key("preprocessor.image_std", f"{ours}std", std),
+        Key("preprocessor.do_normalize", (), True), Key("preprocessor.do_rescale", (), True),
+        Key("preprocessor.rescale_factor", (), 1 / 255),
+    )  # fmt: skip
+
+
 def period(kinds: list[str]) -> tuple[str, ...]:
     """The kinds of all blocks -> the shortest pattern that repeats to them."""
     lengths = range(1, len(kinds) + 1)

@@ -91,24 +91,47 @@ _SCALING = {"linear": {"factor": "factor"}, "llama3": {
 }}  # fmt: skip
 
 
+_REQUIRED = {
+    "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+
+
 def _rope(theirs: dict) -> dict:
     """rope_parameters (new style), or rope_theta beside rope_scaling (old style) -> ours."""
-    old = (theirs.get("rope_scaling") or {}) | {"rope_theta": theirs.get("rope_theta")}
-    return _rope_of(theirs.get("rope_parameters") or old, theirs, 10_000.0)
+    return _rope_of(_parameters(theirs) or _old_style(theirs), theirs, 10_000.0)
+
+
+def _parameters(theirs: dict) -> dict:
+    if theirs.get("rope_parameters") and theirs.get("rope_scaling"):
+        raise config.InputError("rope_parameters and rope_scaling are both there: leave one of them")
+    return theirs.get("rope_parameters") or {}
+
+
+def _old_style(theirs: dict) -> dict:
+    return (theirs.get("rope_scaling") or {}) | {"rope_theta": theirs.get("rope_theta")}
 
 
 def _rope_of(rope: dict, theirs: dict, theta: float) -> dict:
     kind = rope.get("rope_type", rope.get("type", "default")) or "default"
-    ours = {"backbone.rope_theta": float(rope.get("rope_theta") or theirs.get("rope_theta") or theta)}
+    given = [value for value in (rope.get("rope_theta"), theirs.get("rope_theta"), theta) if value is not None]
+    ours = {"backbone.rope_theta": float(given[0])}
     if kind == "default":
         return ours
     if kind not in _SCALING:
         raise config.InputError(f"rope_type={kind!r} is none of default, {', '.join(_SCALING)}")
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise config.InputError("rope scaling with mscale is not supported")
-    if kind != "linear":
-        rope = {"original_max_position_embeddings": theirs["max_position_embeddings"]} | rope
-    scaling = {mine: rope[name] for name, mine in _SCALING[kind].items() if rope.get(name) is not None}
+    rope = {name: value for name, value in rope.items() if value is not None}
+    name = "original_max_position_embeddings"  # where it stands beside rope_parameters, it counts
+    contexts = (theirs.get(name), rope.get(name), theirs.get("max_position_embeddings"))
+    rope[name] = next((value for value in contexts if value is not None), None)
+    if kind == "yarn" and "factor" not in rope and rope[name]:
+        rope["factor"] = theirs.get("max_position_embeddings", rope[name]) / rope[name]
+    for needed in _REQUIRED[kind]:
+        if rope.get(needed) is None:
+            raise config.InputError(f"rope_type={kind!r} needs {needed}")
+    scaling = {mine: rope[name] for name, mine in _SCALING[kind].items() if name in rope}
     return ours | {"backbone.rope_scaling": scaling | {"kind": kind}}
 
 
@@ -149,7 +172,8 @@ def _llama_write(c: config.Model) -> dict:
 
 def _mistral_read(theirs: dict) -> dict:
     window = theirs.get("sliding_window", 4096)
-    return _rope(theirs) | _layers(theirs, ["sliding_attention"] if window else None, window)
+    # The reference slides in every layer, whatever layer_types says.
+    return _rope(theirs) | _layers({}, ["sliding_attention"] if window else None, window)
 
 
 def _mistral_write(c: config.Model) -> dict:
@@ -198,9 +222,8 @@ def _gemma3_read(theirs: dict) -> dict:
     depth, every = theirs.get("num_hidden_layers", 26), theirs.get("sliding_window_pattern", 6)
     types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(depth)]
     layers = _layers(theirs, types, theirs.get("sliding_window", 4096))
-    new = theirs.get("rope_parameters") or {}
-    old = (theirs.get("rope_scaling") or {}) | {"rope_theta": theirs.get("rope_theta")}
-    rope = _rope_of(new.get("full_attention") or old, theirs, 1_000_000.0)
+    new = _parameters(theirs)
+    rope = _rope_of(new.get("full_attention") or _old_style(theirs), theirs, 1_000_000.0)
     local = new.get("sliding_attention") or {"rope_theta": theirs.get("rope_local_base_freq", 10_000.0)}
     if local.get("rope_type", "default") != "default":
         raise config.InputError(f"rope_type={local['rope_type']!r} of sliding_attention is not supported")
@@ -223,7 +246,9 @@ _CAPS = (
     key("attn_logit_softcapping", "backbone.attention_cap", 50.0, common.NO_CAP),
     key("final_logit_softcapping", "logit_cap", 30.0, common.NO_CAP),
 )
-_NO_CAPS = tuple(Key(k.theirs, k.ours, None, k.values) for k in _CAPS)
+_LAST_CAP = (  # the reference keeps Gemma 3's attn_logit_softcapping, and does not use it
+    Key("attn_logit_softcapping", (), None), key("final_logit_softcapping", "logit_cap", None, common.NO_CAP),
+)
 
 LLAMA = Family(
     "llama", ("LlamaForCausalLM",), config.Model, _keys(
@@ -262,7 +287,7 @@ GEMMA3 = Family(  # Gemma Team 2025
     "gemma3_text", ("Gemma3ForCausalLM",), config.Model, _keys(
         vocab=262208, context=131072, width=2304, hidden=9216, depth=26, heads=8, kv_heads=4, head_dim=256,
         act_name="hidden_activation", **_TANH,
-    ) + _NO_CAPS + (Key("use_bidirectional_attention", (), False),), (*_ROWS, *_FOUR_NORMS),
+    ) + _LAST_CAP + (Key("use_bidirectional_attention", (), False),), (*_ROWS, *_FOUR_NORMS),
     _GEMMA | {"backbone.norm_place": "sandwich", "backbone.qk_norm": True}, _gemma3_read, _gemma3_write, **_SAME,
 )  # fmt: skip
 

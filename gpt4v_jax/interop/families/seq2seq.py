@@ -53,7 +53,8 @@ _T5_ACTS = (("relu", "relu"), ("gated-gelu", "geglu"), ("gated-silu", "swiglu"),
 T5 = Family(
     "t5", ("T5ForConditionalGeneration",), config.Model,
     keys=(
-        key("vocab_size", "vocab", 32128), _both("d_model", "width", 512), _both("d_kv", "head_dim", 64),
+        key("vocab_size", "vocab", 32128), key("n_positions", "context", 512), _both("d_model", "width", 512),
+        _both("d_kv", "head_dim", 64),
         _both("d_ff", "hidden", 2048), key("num_layers", "source.depth", 6), _both("num_heads", "heads", 8),
         _both("relative_attention_num_buckets", "buckets", 32),
         _both("relative_attention_max_distance", "bucket_distance", 128),
@@ -118,6 +119,7 @@ BART = Family(
         f"{stack}.{name}": value for stack in ("backbone", "source") for name, value in _BART_STACK.items()
     } | {"backbone.pattern": ("cross",)},
     read=_bart_read, write=lambda c: {"scale_embedding": c.embed_scale != 1}, extra={"is_encoder_decoder": True},
+    base="model.", zero=r"^final_logits_bias$",
     buffers=r"^model\.(encoder|decoder)\.embed_tokens\.weight$|^lm_head\.weight$", generates=True,
 )  # fmt: skip
 

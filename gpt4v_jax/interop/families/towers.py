@@ -29,6 +29,7 @@ def _image_rows(ours: str) -> tuple[Row, ...]:
         common.table("vision_model.embeddings.position_embedding.weight", f"{ours}image/position"),
         *common.norm("vision_model.pre_layrnorm", f"{ours}pre_norm"), *_stack("vision_model.", f"{ours}encoder"),
         *common.norm("vision_model.post_layernorm", f"{ours}encoder/norm"),
+        *common.norm("vision_model.post_layernorm", f"{ours}pool_norm"),
         *common.linear("visual_projection", f"{ours}head"),
         Row(f"{head}.probe", f"{pool}/probe/value", "1 1 D -> D"),
         Row(f"{head}.attention.in_proj_weight", tuple(f"{p}/kernel" for p in qkv), "(N H) D -> D N H"),
@@ -61,7 +62,7 @@ def _image_keys(theirs: str, ours: str, act: str, eps: float, patch: int, mean: 
     return (
         *_stack_keys(theirs, f"{ours}encoder", act, eps, (768, 3072, 12, 12)), Key(f"{theirs}num_channels", (), 3),
         key(f"{theirs}image_size", f"{ours}size", 224), key(f"{theirs}patch_size", f"{ours}patch", patch),
-        key("preprocessor.image_mean", f"{ours}mean", mean), key("preprocessor.image_std", f"{ours}std", std),
+        *common.pixels(ours, mean, std),
     )  # fmt: skip
 
 
@@ -79,16 +80,17 @@ def _fixed(ours: str, **values) -> dict:
     }
 
 
-_CLIP = {"class_token": True, "pre_norm": True, "patch_bias": False, "head_bias": False}
+_CLIP = {"class_token": True, "pre_norm": True, "pool": "class", "pool_norm": True, "patch_bias": False,
+         "head_bias": False}  # fmt: skip
 _TEXT = {"text.position": "learned", "text.backbone.norm": "layer", "text.backbone.bias": config.BIASES}
 _CLIP_IMAGE = ("quick_gelu", 1e-5, 32, _CLIP_MEAN, _CLIP_STD)
 _SIGLIP_IMAGE = ("gelu_pytorch_tanh", 1e-6, 16, (0.5,) * 3, (0.5,) * 3)
 
 
 def _projected(theirs: dict) -> dict:
-    """CLIPVisionModelWithProjection has a head, CLIPVisionModel all vectors."""
+    """CLIPVisionModelWithProjection has a head, CLIPVisionModel has not."""
     with_head = "CLIPVisionModelWithProjection" in (theirs.get("architectures") or ())
-    return {"pool": "class", "classes": theirs.get("projection_dim", 512)} if with_head else {}
+    return {"classes": theirs.get("projection_dim", 512)} if with_head else {}
 
 
 def _write_projected(c: config.Image) -> dict:
@@ -104,7 +106,7 @@ CLIP = Family(
     ), (
         *_image_rows("image/"), *_TEXT_ROWS, *common.linear("text_projection", "text/head"),
         Row("logit_scale", "scale/value", "->"),
-    ), _fixed("image.", pool="class", **_CLIP) | _TEXT, buffers=r"position_ids$", preprocessor="CLIPImageProcessor",
+    ), _fixed("image.", **_CLIP) | _TEXT, buffers=r"position_ids$", preprocessor="CLIPImageProcessor",
     extra={"vision_config": {"model_type": "clip_vision_model"}, "text_config": {"model_type": "clip_text_model"}},
 )  # fmt: skip
 CLIP_IMAGE = Family(

@@ -14,7 +14,7 @@ def _keys(patch: int, eps: float, mean: tuple, std: tuple) -> tuple[Key, ...]:
         key("image_size", "size", 224), key("patch_size", "patch", patch), key("hidden_size", "encoder.width", 768),
         key("num_hidden_layers", "encoder.depth", 12), key("num_attention_heads", "encoder.heads", 12),
         key("hidden_act", "encoder.activation", "gelu", common.MLP), key("layer_norm_eps", "encoder.norm_eps", eps),
-        key("preprocessor.image_mean", "mean", mean), key("preprocessor.image_std", "std", std),
+        *common.pixels("", mean, std),
         Key("num_channels", (), 3),
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ VIT = Family(
     ), _FIXED, _vit_read, _vit_write, base="vit.", unread=r"pooler\.", preprocessor="ViTImageProcessor",
 )  # fmt: skip
 
-_MLP = "encoder.layer.{i}.mlp"
+_MLP = "dinov2.encoder.layer.{i}.mlp"
 _GATE = "encoder/block_{i}/mlp/gate/kernel"
 _GATE_UP = ("encoder/block_{i}/mlp/gate", "encoder/block_{i}/mlp/up")
 DINOV2 = Family(
@@ -87,15 +87,16 @@ DINOV2 = Family(
         *_keys(14, 1e-6, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         key("layerscale_value", "encoder.layer_scale", 1.0), key("use_mask_token", "mask_token", True),
     ), (
-        *_rows("", ("norm1", "norm2")),
+        *_rows("dinov2.", ("norm1", "norm2")),
         *common.linear(f"{_MLP}.fc1", "encoder/block_{i}/mlp/up", only=f"!{_GATE}"),
         *common.linear(f"{_MLP}.fc2", "encoder/block_{i}/mlp/down", only=f"!{_GATE}"),
         Row(f"{_MLP}.weights_in.weight", tuple(f"{p}/kernel" for p in _GATE_UP), "F D -> D F", only=_GATE),
         Row(f"{_MLP}.weights_in.bias", tuple(f"{p}/bias" for p in _GATE_UP), "F -> F", only=_GATE),
         *common.linear(f"{_MLP}.weights_out", "encoder/block_{i}/mlp/down", only=_GATE),
-        Row("encoder.layer.{i}.layer_scale1.lambda1", "encoder/block_{i}/attention_scale/value", "D -> D"),
-        Row("encoder.layer.{i}.layer_scale2.lambda1", "encoder/block_{i}/mlp_scale/value", "D -> D"),
-    ), _FIXED, _dinov2_read, _dinov2_write, preprocessor="BitImageProcessor",
+        Row("dinov2.encoder.layer.{i}.layer_scale1.lambda1", "encoder/block_{i}/attention_scale/value", "D -> D"),
+        Row("dinov2.encoder.layer.{i}.layer_scale2.lambda1", "encoder/block_{i}/mlp_scale/value", "D -> D"),
+    ), _FIXED, _dinov2_read, _dinov2_write, base="dinov2.",
+    preprocessor="BitImageProcessor",
 )  # fmt: skip
 
 FAMILIES = (VIT, DINOV2)
