@@ -51,7 +51,7 @@ def _bert(vocab: int, *sizes: int) -> dict:
 
 def _t5(depth: int, width: int, heads: int, hidden: int) -> dict:
     block = _T5_BLOCK | _sizes(depth, width, heads, hidden=hidden)
-    return {"vocab": 32128, "position": "none", "logit_scale": width**-0.5, "source": block,
+    return {"vocab": 32128, "context": 512, "position": "none", "logit_scale": width**-0.5, "source": block,
             "backbone": block | {"pattern": ("cross",)}}  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def _vit(patch: int, *sizes: int) -> dict:
 def _clip_image(size: int, patch: int, classes: int, *sizes: int) -> dict:
     """With the projection into the space that texts share, `classes` wide."""
     return _CLIP_PIXELS | {"size": size, "patch": patch, "class_token": True, "pre_norm": True, "patch_bias": False,
-                           "pool": "class", "classes": classes, "head_bias": False,
+                           "pool": "class", "pool_norm": True, "classes": classes, "head_bias": False,
                            "encoder": _CLIP_BLOCK | _sizes(*sizes)}  # fmt: skip
 
 

@@ -43,6 +43,10 @@ class Letters:
 
     prompt = encode
 
+    @property
+    def ends(self):
+        return (self.special["<end>"],)
+
     def decode(self, ids):
         return "".join(LETTERS[i - len(tiny.SPECIAL)] for i in ids if i >= len(tiny.SPECIAL))
 
