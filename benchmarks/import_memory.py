@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from gpt4v_jax import config
+from gpt4v_jax import command, config
 
 _FOLDER = flags.DEFINE_string("folder", None, "where the random model is, or is written")
 _DEVICES = flags.DEFINE_integer("devices", 4, "forced CPU devices; the mesh is fsdp 2 x tensor 2 with 4")
@@ -114,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, required=("folder",))
+    command.run(main, required=("folder",))

@@ -23,7 +23,7 @@ from absl import flags
 
 from benchmarks.references import CASES, VOCAB, reference
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax import config
+from gpt4v_jax import command, config
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model.image import ImageTower
@@ -367,4 +367,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    command.run(main)

@@ -7,14 +7,12 @@ run is described by plain, hashable dataclasses, and a typing error is a `TypeEr
 import dataclasses
 import difflib
 import json
-import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-from absl import flags, logging
 
 
 class InputError(Exception):
@@ -409,44 +407,6 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     return parse(json.loads(text))
-
-
-# ---- the door of every command
-
-
-def run(main: Callable[..., None], required: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> None:
-    """Parses absl's flags and calls main(). Bad input is one line on stderr and exit status 2, no traceback.
-
-    Every command's __main__ is this call, so that bad input looks the same everywhere. arguments: names of what is
-    given without a flag; main gets them.
-    """
-    try:
-        given = _parse_flags(required, arguments)
-        logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their life at INFO and WARNING
-        main(*given)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _parse_flags(required: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:
-    try:
-        rest = flags.FLAGS(sys.argv)[1:]
-    except (AttributeError, KeyError) as error:  # a key that a locked ConfigDict does not have; it names the nearest
-        text = str(error.args[0]).replace("\\n", " ")
-        text = " ".join(text.translate(str.maketrans("", "", "\\'\"")).split())
-        raise InputError(f"unknown config key {text}") from error
-    except (flags.Error, OSError, ValueError, TypeError) as error:
-        raise InputError(" ".join(str(error).split())) from error
-    if len(rest) > len(arguments):
-        odd = rest[len(arguments)]
-        raise InputError(f"unexpected argument {odd!r}: flags are written --name=value or --name value")
-    if len(rest) < len(arguments):
-        raise InputError(f"{arguments[len(rest)]} is missing: --help says what it is")
-    for name in required:
-        if flags.FLAGS[name].value is None:
-            raise InputError(f"--{name} is missing: --help lists the flags")
-    return rest
 
 
 def from_flag(values: ml_collections.ConfigDict) -> Config:

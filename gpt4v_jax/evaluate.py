@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from gpt4v_jax import config
+from gpt4v_jax import command, config
 from gpt4v_jax import eval as eval_lib
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, required=("workdir",))
+    command.run(main, required=("workdir",))

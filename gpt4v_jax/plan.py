@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax import config
+from gpt4v_jax import command, config
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model import flops, presets
@@ -171,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    command.run(main)

@@ -18,7 +18,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from gpt4v_jax import config, plots
+from gpt4v_jax import command, config, plots
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
@@ -315,4 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, required=("workdir",))
+    command.run(main, required=("workdir",))

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax import config, sharding
+from gpt4v_jax import command, config, sharding
 from gpt4v_jax import eval as eval_lib
 from gpt4v_jax.data import packing, pipeline, sources
 from gpt4v_jax.data import tokenizer as tokenizer_lib
@@ -174,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, required=("config", "workdir"))
+    command.run(main, required=("config", "workdir"))

@@ -11,7 +11,7 @@ import pytest
 import rich.console
 from absl import flags
 
-from gpt4v_jax import config, evaluate, train
+from gpt4v_jax import command, config, evaluate, train
 from gpt4v_jax.data import sources
 from gpt4v_jax.data.datasets.digits_world import KINDS
 from gpt4v_jax.eval import common, questions
@@ -44,12 +44,12 @@ def evaluated(folder: Path):
     return evaluate.evaluate(folder, [], [])
 
 
-def command(capsys, main, *args) -> tuple[int, str]:
+def ran(capsys, main, *args) -> tuple[int, str]:
     """Runs a command in this process -> (exit status, what it wrote to stderr)."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["command", *map(str, args)])
         try:
-            config.run(main, required=("workdir",))
+            command.run(main, required=("workdir",))
         finally:
             flags.FLAGS.unparse_flags()
             for name in ("workdir", "split", "evaluator", "step"):
@@ -163,12 +163,12 @@ def test_interval(right, asked, low, high):
 ])  # fmt: skip
 def test_names_that_do_not_exist(argument, message, folder, capsys):
     before = sorted(folder.rglob("*"))
-    status, error = command(capsys, evaluate.main, f"--workdir={folder}", argument)
+    status, error = ran(capsys, evaluate.main, f"--workdir={folder}", argument)
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert all(part in error for part in message), error
     assert sorted(folder.rglob("*")) == before
 
 
 def test_a_folder_without_a_run(tmp_path, capsys):
-    status, error = command(capsys, evaluate.main, f"--workdir={tmp_path / 'none'}")
+    status, error = ran(capsys, evaluate.main, f"--workdir={tmp_path / 'none'}")
     assert status == 2 and "holds no run" in error and not (tmp_path / "none").exists()

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax import config, plan
+from gpt4v_jax import command, config, plan
 from gpt4v_jax.model import flops, presets
 
 RUN = """
@@ -26,7 +26,7 @@ def get_config():
 
 
 @pytest.fixture
-def command(capsys, monkeypatch):
+def ran(capsys, monkeypatch):
     """-> a function that runs the command in this process -> (exit status, stdout, stderr)."""
 
     def run(*args):
@@ -34,7 +34,7 @@ def command(capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "80")
         status = 0
         try:
-            config.run(plan.main)
+            command.run(plan.main)
         except SystemExit as ended:
             status = ended.code
         finally:
@@ -59,8 +59,8 @@ def rows(out: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in lines if len(cells) > 1}
 
 
-def test_preset(command):
-    status, out, _ = command("--preset", "gpt2")
+def test_preset(ran):
+    status, out, _ = ran("--preset", "gpt2")
     assert status == 0
     table = rows(out)
     assert out.splitlines()[0].strip() == "gpt2: a row of 1,024 positions"
@@ -78,10 +78,10 @@ def test_preset(command):
 @pytest.mark.parametrize("name, title, total", [
     ("clip-image-b/32", "a picture of 224 x 224 pixels", ["87,849,216", "8.82", "8.82", "17.64", "17.64"]),
     ("clip-b/32", "a picture of 224 x 224 pixels and a text of 77 positions", ["151,277,313"]),
-    ("t5-small", "a row of 256 positions beside a source of 256", ["60,506,624"]),
+    ("t5-small", "a row of 512 positions beside a source of 512", ["60,506,624"]),
 ])  # fmt: skip
-def test_presets_of_other_kinds(name, title, total, command):
-    status, out, _ = command("--preset", name)
+def test_presets_of_other_kinds(name, title, total, ran):
+    status, out, _ = ran("--preset", name)
     assert status == 0 and out.splitlines()[0].strip() == f"{name}: {title}"
     assert rows(out)["all"][: len(total)] == total
 
@@ -105,8 +105,8 @@ def test_order_of_the_table():
     assert parts.index("source/mlp") < parts.index("backbone/relative") < parts.index("backbone/cross")
 
 
-def test_run(command, tmp_path):
-    status, out, _ = command(f"--config={written(tmp_path)}")
+def test_run(ran, tmp_path):
+    status, out, _ = ran(f"--config={written(tmp_path)}")
     assert status == 0 and "vocabulary" not in out
     assert out.splitlines()[0].strip() == "digits_world: a row of 64 positions, with 3 pictures of 4 patches"
     table, T, d, V = rows(out), 64, 64, 300
@@ -121,23 +121,23 @@ def test_run(command, tmp_path):
     assert f"30 steps: {360 * full / 1e9:,.2f} GFLOP full, {360 * causal / 1e9:,.2f} causal" in out
 
 
-def test_an_override(command, tmp_path):
-    outs = [command(f"--config={written(tmp_path)}", *more)[1] for more in ([], ["--config.model.backbone.depth=4"])]
+def test_an_override(ran, tmp_path):
+    outs = [ran(f"--config={written(tmp_path)}", *more)[1] for more in ([], ["--config.model.backbone.depth=4"])]
     small, large = (int(rows(out)["backbone/mlp"][0].replace(",", "")) for out in outs)
     assert large == 2 * small == 4 * 8 * 64**2
 
 
 @pytest.mark.parametrize("tokenizer, said", [("bpe", "an upper bound"), ("char", "a stand-in")])
-def test_vocabulary_of_a_tokenizer_to_come(tokenizer, said, command, tmp_path):
-    status, out, _ = command(f"--config={written(tmp_path, 0, tokenizer)}", "--config.data.vocab=500")
+def test_vocabulary_of_a_tokenizer_to_come(tokenizer, said, ran, tmp_path):
+    status, out, _ = ran(f"--config={written(tmp_path, 0, tokenizer)}", "--config.data.vocab=500")
     assert status == 0 and rows(out)["text/embed"] == [f"{500 * 64:,}"]
     assert re.search(rf"vocabulary +500: data.vocab, {said}", out)
 
 
-def test_a_table_fits_a_terminal(command):
+def test_a_table_fits_a_terminal(ran):
     """80 columns, and no number is cut."""
     for name in ("llama-2-13b", "clip-b/32"):
-        _, out, _ = command("--preset", name)
+        _, out, _ = ran("--preset", name)
         table = [line for line in out.splitlines() if line.startswith("  ")]
         assert max(map(len, table)) <= 80 and "…" not in out
 
@@ -153,8 +153,8 @@ def test_a_table_fits_a_terminal(command):
     (["--config={run}", "--config.model.fusion.kind=concta"], "did you mean 'concat'?"),
     (["--preset=gpt2", "gpt2"], "unexpected argument 'gpt2'"),
 ])  # fmt: skip
-def test_bad_input(args, message, command, tmp_path):
+def test_bad_input(args, message, ran, tmp_path):
     run = written(tmp_path)
-    status, out, error = command(*(arg.format(run=run, folder=tmp_path) for arg in args))
+    status, out, error = ran(*(arg.format(run=run, folder=tmp_path) for arg in args))
     assert status == 2 and not out
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from gpt4v_jax import config, train
+from gpt4v_jax import command, config, train
 from gpt4v_jax.training import checkpoint, metrics, workdir
 
 ROOT = Path(__file__).parent.parent
@@ -124,12 +124,12 @@ def contents(folder: Path) -> dict:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def command(capsys, *args) -> str:
+def ran(capsys, *args) -> str:
     """Runs the command in this process -> what it says when it ends with status 2."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train", *map(str, args)])
         with pytest.raises(SystemExit) as ended:
-            config.run(train.main, required=("config", "workdir"))
+            command.run(train.main, required=("config", "workdir"))
         for name in [name for name in flags.FLAGS if name.startswith("config.")]:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
@@ -168,20 +168,20 @@ def command(capsys, *args) -> str:
     ("stray", ["unexpected argument 'stray'"]),
 ])  # fmt: skip
 def test_bad_input(argument, message, file, tmp_path, capsys):
-    error = command(capsys, f"--config={file()}", f"--workdir={tmp_path / 'run'}", argument)
+    error = ran(capsys, f"--config={file()}", f"--workdir={tmp_path / 'run'}", argument)
     assert all(part in error for part in message), error
     assert not (tmp_path / "run").exists(), sorted((tmp_path / "run").rglob("*"))
 
 
 def test_missing_flags(file, tmp_path, capsys):
-    assert "--workdir is missing" in command(capsys, f"--config={file()}")
-    assert "absent.py" in command(capsys, f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path / 'run'}")
+    assert "--workdir is missing" in ran(capsys, f"--config={file()}")
+    assert "absent.py" in ran(capsys, f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path / 'run'}")
 
 
 def test_a_workdir_of_another_model(runs, file, capsys):
     (folder, _), _ = runs
     before = contents(folder)
-    error = command(capsys, f"--config={file()}", f"--workdir={folder}", "--config.model.backbone.width=32")
+    error = ran(capsys, f"--config={file()}", f"--workdir={folder}", "--config.model.backbone.width=32")
     assert "parameter backbone/block_0/attention/key/kernel is (16, 2, 8) there and (32, 2, 16) in this config" in error
     assert contents(folder) == before
 
@@ -198,13 +198,13 @@ def test_a_workdir_of_another_run(argument, message, runs, file, capsys):
     """Of the same parameters, but not the run that the folder says it is."""
     (folder, _), _ = runs
     before = contents(folder)
-    assert message in command(capsys, f"--config={file()}", f"--workdir={folder}", argument)
+    assert message in ran(capsys, f"--config={file()}", f"--workdir={folder}", argument)
     assert contents(folder) == before
 
 
 def test_a_workdir_that_is_a_file(file, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
-    assert "run cannot be written" in command(capsys, f"--config={file()}", f"--workdir={tmp_path / 'run'}")
+    assert "run cannot be written" in ran(capsys, f"--config={file()}", f"--workdir={tmp_path / 'run'}")
     assert (tmp_path / "run").read_text() == "mine"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt4v_jax import config
+from gpt4v_jax import command, config
 from gpt4v_jax.data import sources, transforms
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.training import workdir
@@ -65,4 +65,4 @@ def _record(trained: workdir.Trained, name: str):
 
 
 if __name__ == "__main__":
-    config.run(main, required=("workdir",))
+    command.run(main, required=("workdir",))

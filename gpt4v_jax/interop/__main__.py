@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt4v_jax import config, sharding
+from gpt4v_jax import command, config, sharding
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.interop import families, hf, llama2c, table
 from gpt4v_jax.interop import folder as folder_lib
@@ -130,4 +130,4 @@ def main(action: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, arguments=("the action (import, export or inspect)", "the folder or file after it"))
+    command.run(main, arguments=("the action (import, export or inspect)", "the folder or file after it"))

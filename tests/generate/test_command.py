@@ -5,7 +5,7 @@ import importlib
 import pytest
 from absl.testing import flagsaver
 
-from gpt4v_jax import config
+from gpt4v_jax import command
 from gpt4v_jax.data import sources
 from gpt4v_jax.training import workdir
 from tests.test_evaluate import folder  # noqa: F401
@@ -18,7 +18,7 @@ def say(capsys, monkeypatch, *args) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["generate", *map(str, args)])
     with flagsaver.flagsaver():
         try:
-            config.run(generate.main, required=("workdir",))
+            command.run(generate.main, required=("workdir",))
             status = 0
         except SystemExit as ended:
             status = ended.code

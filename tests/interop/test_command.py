@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from gpt4v_jax import config
+from gpt4v_jax import command, config
 from gpt4v_jax.data import packing
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.generate import decode
@@ -30,7 +30,7 @@ def say(capsys, monkeypatch, *args) -> tuple[int, str, str]:
     capsys.readouterr()
     with flagsaver.flagsaver():
         try:
-            config.run(interop.main, arguments=("the action", "the folder"))
+            command.run(interop.main, arguments=("the action", "the folder"))
             status = 0
         except SystemExit as ended:
             status = ended.code
