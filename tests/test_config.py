@@ -82,3 +82,10 @@ def test_one_of():
     config.one_of("kind", "a", ("a", "b"))
     with pytest.raises(config.InputError, match="kind='concta' is none of concat, prefix_lm .did you mean 'concat'"):
         config.one_of("kind", "concta", ("concat", "prefix_lm"))
+
+
+def test_runs_from_when_bias_was_a_bool():
+    """config.json of older workdirs."""
+    text = '{"model": {"backbone": {"bias": true}, "image": {"size": 32, "encoder": {"bias": false}}}}'
+    model = config.from_json(text).model
+    assert model.backbone.bias == config.BIASES and model.image.encoder.bias == ()

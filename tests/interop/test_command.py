@@ -114,6 +114,30 @@ def test_an_encoder_decoder_answers(folders, tmp_path, capsys, monkeypatch):
     assert len(texts[0]) > 0 and texts[0] != texts[1]
 
 
+def test_all_end_tokens_and_a_forced_first_one(tmp_path, capsys, monkeypatch):
+    """generation_config.json's list counts before config.json's one; BART's forced first token starts the answer."""
+    tokenizer = tokenizer_lib.train("char", [LETTERS], 0).to_json()
+    ids = {"decoder_start_token_id": 3, "forced_bos_token_id": 5, "eos_token_id": 7}
+    tiny.folder(tmp_path / "bart", "bart", save={"tokenizer": tokenizer}, **ids)
+    (tmp_path / "bart/generation_config.json").write_text('{"eos_token_id": [7, 9], "decoder_start_token_id": 3}')
+    status, _, err = say(capsys, monkeypatch, "import", tmp_path / "bart", f"--workdir={tmp_path / 'w'}")
+    assert status == 0, err
+    trained = workdir.restore(tmp_path / "w")
+    assert trained.tokenizer.ends == (7, 9)
+    assert decode.prompt(trained, "hello").tokens.tolist() == [3, 5]
+    # Whichever of the two ends comes first ends the answer.
+    drawn = decode.generate(trained, [decode.prompt(trained, "hello")], (), 16)[0].tokens
+    assert not {7, 9} & set(drawn)
+
+
+def test_an_import_that_was_interrupted_is_not_built_upon(folders, tmp_path, capsys, monkeypatch):
+    args = ("import", folders / "llama", f"--workdir={tmp_path / 'w'}")
+    assert say(capsys, monkeypatch, *args)[0] == 0
+    (tmp_path / "w/config.json").unlink()
+    status, _, err = say(capsys, monkeypatch, *args)
+    assert status == 2 and "holds a run already, or a part of one" in err
+
+
 def test_a_llama2c_file_becomes_a_run(tmp_path, capsys, monkeypatch):
     model, tokenizer = test_llama2c.write(tmp_path)
     args = [model, f"--workdir={tmp_path / 'w'}"]

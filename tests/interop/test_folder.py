@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gpt4v_jax import config
 from gpt4v_jax.interop import families, hf
@@ -376,3 +377,128 @@ def test_a_model_that_cannot_be_said_leaves_nothing_behind(tmp_path):
     with pytest.raises(config.InputError):
         hf.save(hf.Imported(tiny.FAMILIES["gpt2"], tiny.imported("llama").config, {}, {}), tmp_path / "sub" / "gpt2")
     assert not list(tmp_path.iterdir())
+
+
+# ---- what the reference does with rarer keys
+
+
+@pytest.mark.parametrize("kind, rope, missing", [
+    ("linear", {}, "factor"), ("llama3", {"factor": 8.0, "high_freq_factor": 4.0}, "low_freq_factor"),
+    ("llama3", {"low_freq_factor": 1.0, "high_freq_factor": 4.0}, "factor"),
+])  # fmt: skip
+def test_a_rope_without_its_numbers(kind, rope, missing):
+    theirs = {"model_type": "llama"} | tiny.THEIRS["llama"] | {"rope_scaling": {"rope_type": kind} | rope}
+    with pytest.raises(config.InputError, match=f"rope_type='{kind}' needs {missing}"):
+        families.read_config(theirs)
+
+
+def test_yarn_without_a_factor_has_that_of_its_contexts():
+    rope = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}
+    theirs = {"model_type": "llama"} | tiny.THEIRS["llama"] | {"rope_scaling": rope}
+    assert families.read_config(theirs).backbone.rope_scaling.factor == 48 / 16
+
+
+def test_the_original_context_beside_the_rope_counts():
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+    theirs = {"model_type": "llama", "original_max_position_embeddings": 12, "rope_scaling": rope}
+    assert families.read_config(tiny.THEIRS["llama"] | theirs).backbone.rope_scaling.original == 12
+
+
+def test_two_ropes_are_one_too_many():
+    rope = {"rope_type": "linear", "factor": 2.0}
+    theirs = {"model_type": "llama", "rope_scaling": rope, "rope_parameters": rope | {"rope_theta": 10.0}}
+    with pytest.raises(config.InputError, match="rope_parameters and rope_scaling"):
+        families.read_config(tiny.THEIRS["llama"] | theirs)
+
+
+def test_mistral_slides_in_every_layer():
+    theirs = tiny.THEIRS["mistral"] | {"layer_types": ["full_attention", "sliding_attention"]}
+    assert families.read_config({"model_type": "mistral"} | theirs).backbone.kinds == ("local", "local")
+
+
+def test_clip_s_second_spelling_counts():
+    theirs = {"model_type": "clip", "text_config": {"hidden_act": "gelu"}, "vision_config": None}
+    theirs |= {"text_config_dict": {"hidden_act": "quick_gelu"}, "vision_config_dict": {"layer_norm_eps": 1e-3}}
+    ours = families.read_config(theirs)
+    assert ours.text.backbone.activation == "quick_gelu" and ours.image.encoder.norm_eps == 1e-3
+
+
+@pytest.mark.parametrize("model_type, values, named", [
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+    ("vit", {"preprocessor": {"do_normalize": False}}, "do_normalize=False"),
+    ("clip", {"preprocessor": {"rescale_factor": 1.0}}, "rescale_factor=1.0"),
+])  # fmt: skip
+def test_other_choices_are_refused(model_type, values, named):
+    with pytest.raises(config.InputError, match="is not supported") as error:
+        families.read_config({"model_type": model_type} | values)
+    assert named in str(error.value)
+
+
+def test_gemma_s_older_name_of_its_activation():
+    ours = [families.read_config({"model_type": "gemma", "hidden_act": name}) for name in ("gelu", "gelu_pytorch_tanh")]
+    assert ours[0] == ours[1]
+
+
+def test_whole_numbers_as_pixel_constants():
+    theirs = {"model_type": "vit", "preprocessor": {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}}
+    assert families.read_config(theirs).mean == (0.0, 0.0, 0.0)
+
+
+def test_an_index_beside_one_file(sharded):
+    (sharded / "model.safetensors").write_bytes((sharded / SHARDS[0]).read_bytes())
+    with pytest.raises(config.InputError, match="model.safetensors and model.safetensors.index.json"):
+        hf.load(sharded)
+
+
+def test_code_in_a_section(llama):
+    (llama / "preprocessor_config.json").write_text(json.dumps({"nested": {"auto_map": {"AutoModel": "evil.Model"}}}))
+    with pytest.raises(config.InputError, match="preprocessor_config.json has auto_map"):
+        hf.load(llama)
+
+
+@pytest.mark.parametrize("values, named", [
+    ({"model_type": ["llama"]}, "is none of"),
+    ({"sliding_window_pattern": 0, "model_type": "gemma3_text"}, "no config"),
+    ({"hidden_size": 2, "num_attention_heads": 4, "model_type": "gpt2", "n_embd": 2, "n_head": 4}, "width=2"),
+])  # fmt: skip
+def test_values_that_make_no_model(values, named):
+    with pytest.raises(config.InputError, match=named):
+        families.read_config(values)
+
+
+def test_a_json_too_deep_to_read(llama):
+    (llama / "config.json").write_text("[" * 200_000)
+    with pytest.raises(config.InputError, match="is no JSON"):
+        hf.load(llama)
+
+
+def test_bart_without_its_prefix_and_its_logits_bias(tmp_path):
+    bart = tiny.imported("bart")
+    hf.save(bart, tmp_path / "bart")
+    tensors = load_file(tmp_path / "bart/model.safetensors")
+    tensors = {name.removeprefix("model."): x for name, x in tensors.items() if name != "final_logits_bias"}
+    save_file(tensors, tmp_path / "bart/model.safetensors")
+    loaded = tiny.flat(hf.load(tmp_path / "bart").params)
+    assert (loaded.pop("head_bias/value") == 0).all()
+    for path, x in tiny.flat(bart.params).items():
+        if path != "head_bias/value":
+            np.testing.assert_array_equal(loaded[path], x)
+
+
+def test_values_beyond_float16(llama):
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, llama / "model.safetensors")
+    with pytest.raises(config.InputError, match="float16's 65,504"):
+        hf.load(llama, "float16")
+
+
+def test_generation_config_and_labels_go_through(llama, tmp_path):
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 1], "temperature": 0.6}))
+    hf.save(hf.load(llama), tmp_path / "again")
+    assert json.loads((tmp_path / "again/generation_config.json").read_text())["eos_token_id"] == [2, 1]
+    labels = {"id2label": {"0": "cat", "1": "owl"}, "label2id": {"cat": 0, "owl": 1}}
+    vit = tiny.imported("vit", architectures=["ViTForImageClassification"], **labels)
+    hf.save(vit, tmp_path / "vit")
+    assert json.loads((tmp_path / "vit/config.json").read_text())["id2label"]["1"] == "owl"

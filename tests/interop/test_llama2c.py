@@ -153,16 +153,29 @@ def test_no_tokenizer(tmp_path):
     refused(model, tokenizer, "t.bin is no llama2.c tokenizer")
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="the real file is not here")
-def test_stories260k_tells_its_story():
-    """The documented greedy text, from the first token alone."""
+def stories():
+    """-> (the real model, its tokenizer)."""
     imported, tokenizer = llama2c.load(STORIES / "stories260K.bin", STORIES / "tok512.bin")
     module, _ = hf.module_of(imported.config)
     layout = batch_lib.layout(imported.config, config.Data())
-    trained = Trained(config.Config(model=imported.config), layout, tokenizer, None, module.clone(layout=layout),
-                      imported.params, 0)  # fmt: skip
+    run = config.Config(model=imported.config)
+    return Trained(run, layout, tokenizer, None, module.clone(layout=layout), imported.params, 0), tokenizer
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the real file is not here")
+def test_stories260k_tells_its_story():
+    """The documented greedy text, from the first token alone."""
+    trained, tokenizer = stories()
     start = chat.shifted(np.array([llama2c.BOS], np.int32), np.zeros(1, bool), np.ones(1, bool))
     answer = decode.generate(trained, [start], (), max_new_tokens=80)[0]
     assert answer.tokens[:10] == (403, 407, 261, 378, 432, 383, 286, 261, 376, 298)
     assert answer.text.startswith(TEXT)
     assert tokenizer.prompt(TEXT)[1:] == list(answer.tokens[: len(tokenizer.prompt(TEXT)) - 1])
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the real file is not here")
+def test_text_goes_on_with_its_blank():
+    """The tokenizer's decoder drops a text's first blank: not that between a prompt and what follows."""
+    trained, _ = stories()
+    answer = decode.generate(trained, [decode.prompt(trained, "Once upon")], (), 4)[0]
+    assert answer.text.startswith(" a time")

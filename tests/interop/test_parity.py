@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from benchmarks import parity  # noqa: E402
-from gpt4v_jax.interop import families  # noqa: E402
+from gpt4v_jax.interop import families, hf  # noqa: E402
 from gpt4v_jax.interop.families import FAMILIES  # noqa: E402
 from gpt4v_jax.model import attention  # noqa: E402
+from tests.interop import tiny  # noqa: E402
 
 BOUND = 1e-4  # of max |difference| / standard deviation
 
@@ -65,3 +66,14 @@ def test_defaults_are_those_of_the_reference(model_type):
     theirs = json.loads(config.to_json_string(use_diff=False))
     assert len(theirs) > 10
     assert families.read_config({"model_type": model_type}) == families.read_config(theirs)
+
+
+@pytest.mark.parametrize("name, size", [("clip_vision_model", 48), ("dinov2", 48), ("siglip_vision_model", 48)])
+def test_the_reference_s_processor_makes_pictures_of_the_right_size(name, size, tmp_path):
+    """A crop of 224 is the default of some of them."""
+    from PIL import Image
+
+    hf.save(tiny.imported(name, image_size=size), tmp_path / "out")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    picture = processor(Image.new("RGB", (64, 80)), return_tensors="pt")["pixel_values"]
+    assert tuple(picture.shape) == (1, 3, size, size)

@@ -111,6 +111,12 @@ def test_a_larger_vocabulary(folders):
     equal(filled, theirs, theirs.keys() - {table, head})
 
 
+def test_a_smaller_vocabulary_is_refused(folders):
+    with pytest.raises(config.InputError, match="model.vocab may be larger than the folder's, not smaller"):
+        initialised(run_of(folders, "llama", vocab=30))
+    assert parts.vocab(run_of(folders, "llama", vocab=30)) == 32
+
+
 @pytest.mark.parametrize("context", [24, 64])
 def test_another_number_of_learned_positions(folders, context):
     start, filled, lines = initialised(run_of(folders, "gpt2", context=context))
