@@ -13,6 +13,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from gpt4v_jax import command, config, sharding
@@ -53,7 +54,8 @@ def import_(name: str) -> None:
     folder = Path(needed("workdir", _WORKDIR.value))
     if (folder / "config.json").exists() or checkpoint.exists(folder):
         raise config.InputError(f"--workdir={folder} holds a run already, or a part of one: name another folder")
-    dtype, mesh = _DTYPE.value or "float32", sharding.make_mesh(config.Mesh())
+    dtype = _DTYPE.value or "float32"
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices("cpu")[:1])  # from file to file: no accelerator is needed
     if Path(name).suffix == ".bin":
         imported, tokenizer = llama2c.load(Path(name), Path(needed("tokenizer", _TOKENIZER.value)), dtype, mesh)
     else:

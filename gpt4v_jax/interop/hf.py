@@ -19,6 +19,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import tokenizers
 from safetensors.numpy import save_file
 
@@ -230,6 +231,8 @@ def save(imported: Imported, path: Path | str, tokenizer: str = "", dtype: str =
             _write_json(temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | tokens)
         temporary.chmod(0o755)
         temporary.rename(path)
+    except (OSError, safetensors.SafetensorError) as error:  # such as a full disk
+        raise config.InputError(f"{path} cannot be written: {error}; nothing is left of it") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
