@@ -154,6 +154,8 @@ class Image:
                 raise InputError(f"image.{name}={values} must be three numbers{', each above 0' * (name == 'std')}")
         if (self.class_token or self.pre_norm) and not self.encoder:
             raise InputError("image.class_token and image.pre_norm are an encoder's: set image.encoder")
+        if self.pool == "map" and self.pool_norm:
+            raise InputError("image.pool='map' norms all vectors: set image.pool_norm to False")
         if self.pool == "class" and not self.class_token:
             raise InputError("image.pool='class' needs image.class_token")
 

@@ -17,6 +17,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.interop import hf
+from gpt4v_jax.interop import parts as parts_lib
 from gpt4v_jax.model import flops, presets
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -140,6 +141,9 @@ def with_vocabulary(run: config.Config) -> tuple[config.Config, list[str]]:
         vocab, source = data.vocab, "data.vocab, an upper bound: the run trains its tokenizer"
     else:
         vocab, source = data.vocab, f"data.vocab, a stand-in: the run makes its {data.tokenizer!r} tokenizer itself"
+    padded = parts_lib.vocab(run)
+    if padded > vocab:
+        vocab, source = padded, f"of init_from.backbone={run.init_from.backbone}"
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=vocab))
     return run, [f"vocabulary  {vocab:,}: {source}"]
 
@@ -148,10 +152,10 @@ def plan_run(run: config.Config) -> list[Any]:
     """-> what the command prints of a run's model and work: a table, and lines."""
     run, vocabulary = with_vocabulary(run)
     layout = batch_lib.layout(run.model, run.data)
-    parts = costs(run.model, layout)
-    whole = total(parts)
+    costs_of = costs(run.model, layout)
+    whole = total(costs_of)
     title = f"{run.data.name}: {subject(run.model, layout)}"
-    return [table(title, parts), bytes_of(whole.parameters), step_line(run, whole), *vocabulary, COUNTS]
+    return [table(title, costs_of), bytes_of(whole.parameters), step_line(run, whole), *vocabulary, COUNTS]
 
 
 def plan_preset(name: str) -> list[Any]:

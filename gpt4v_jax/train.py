@@ -43,8 +43,9 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     if resumes:
         tokenizer = tokenizer_lib.load(folder / "tokenizer.json", run.data.end)
     else:
-        tokenizer = tokenizer_lib.train(run.data.tokenizer, sources.corpus(run.data), run.data.vocab)
-    vocab = run.model.vocab or max(tokenizer.vocab, parts.vocab(run))
+        tokenizer = tokenizer_lib.train(run.data.tokenizer, sources.corpus(run.data), run.data.vocab, run.data.end)
+    there = workdir.load_config(folder).model.vocab if resumes else parts.vocab(run)
+    vocab = run.model.vocab or max(tokenizer.vocab, there)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=vocab))
     layout = batch_lib.layout(run.model, run.data)
     source = sources.from_records(records, run.data, tokenizer, layout, run.seed)

@@ -22,6 +22,8 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, end: tuple[str, ...] = ("<end>",)):
         inner.encode_special_tokens = True  # "<end>" in a text is five characters, not the special token
+        inner.no_truncation()  # some files bring both: a prompt would be cut, or filled up
+        inner.no_padding()
         self.inner = inner
         self.vocab = inner.get_vocab_size(with_added_tokens=True)
         self.ends = tuple(id for id in map(inner.token_to_id, end) if id is not None)
@@ -49,8 +51,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens are left out."""
-        drop = set(self.special.values())
-        return self.inner.decode([int(i) for i in ids if int(i) not in drop], skip_special_tokens=False)
+        drop = {*self.special.values(), *self.ends}
+        return self.inner.decode([int(i) for i in ids if int(i) not in drop], skip_special_tokens=True)
 
     def to_json(self) -> str:
         """What `load` reads from a file."""
@@ -66,7 +68,7 @@ def load(path: Path, end: tuple[str, ...] = ("<end>",)) -> Tokenizer:
         raise config.InputError(f"{path} is no tokenizer of the tokenizers library: {error}") from error
 
 
-def train(kind: str, texts: Iterable[str], vocab: int) -> Tokenizer:
+def train(kind: str, texts: Iterable[str], vocab: int, end: tuple[str, ...] = ("<end>",)) -> Tokenizer:
     """kind "char": the corpus's characters in sorted order, no special tokens; "bpe": at most `vocab` tokens; a path
     ending in .json: that tokenizer, with our special tokens behind its own vocabulary."""
     if kind.endswith(".json"):
@@ -74,20 +76,27 @@ def train(kind: str, texts: Iterable[str], vocab: int) -> Tokenizer:
         loaded.inner.add_special_tokens(list(SPECIALS))
         # Nothing around a text: documents and windows are laid without it, so prompts are, too.
         loaded.inner.post_processor = processors.TemplateProcessing("$0")
-        return Tokenizer(loaded.inner)
+        return _with_end(loaded.inner, end)
     config.one_of("data.tokenizer", kind, ("char", "bpe", "*.json"))
-    return _characters(texts) if kind == "char" else _bpe(texts, vocab)
+    return Tokenizer(_characters(texts), end) if kind == "char" else _with_end(_bpe(texts, vocab), end)
 
 
-def _characters(texts: Iterable[str]) -> Tokenizer:
+def _with_end(inner: tokenizers.Tokenizer, end: tuple[str, ...]) -> Tokenizer:
+    made = Tokenizer(inner, end)
+    if not made.ends:
+        raise config.InputError(f"data.end={end!r} names no token of this tokenizer: which one ends a document?")
+    return made
+
+
+def _characters(texts: Iterable[str]) -> tokenizers.Tokenizer:
     chars = sorted(set().union(*texts))
     inner = tokenizers.Tokenizer(models.WordLevel({char: i for i, char in enumerate(chars)}))
     inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
-    return Tokenizer(inner)
+    return inner
 
 
-def _bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
+def _bpe(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016): every text has an encoding. Special tokens take the first ids."""
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,4 +106,4 @@ def _bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
         special_tokens=list(SPECIALS),
     )  # fmt: skip
     inner.train_from_iterator(texts, trainer)
-    return Tokenizer(inner)
+    return inner

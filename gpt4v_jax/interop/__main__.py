@@ -55,7 +55,11 @@ def import_(name: str) -> None:
     if (folder / "config.json").exists() or checkpoint.exists(folder):
         raise config.InputError(f"--workdir={folder} holds a run already, or a part of one: name another folder")
     dtype = _DTYPE.value or "float32"
-    mesh = sharding.make_mesh(config.Mesh(), jax.devices("cpu")[:1])  # from file to file: no accelerator is needed
+    try:
+        devices = jax.devices("cpu")  # from file to file: no accelerator is needed
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        devices = jax.devices()
+    mesh = sharding.make_mesh(config.Mesh(), devices[:1])
     if Path(name).suffix == ".bin":
         imported, tokenizer = llama2c.load(Path(name), Path(needed("tokenizer", _TOKENIZER.value)), dtype, mesh)
     else:

@@ -19,10 +19,13 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 class Folder:
     """A model's folder, read: config, and where every tensor lies. Raises InputError for all that cannot be trusted."""
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, weights: bool = True):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise config.InputError(f"{path} is no folder: give one with config.json and model.safetensors")
+            raise config.InputError(
+                f"{path} is no folder: give one with config.json and model.safetensors, or a name of the hub such as "
+                "org/model, which is looked up where there is no folder org here"
+            )
         self.config = read_json(self.path / "config.json")
         refuse_code(self.path / "config.json", self.config)
         for name in ("tokenizer", "processor", "preprocessor", "generation"):
@@ -30,8 +33,12 @@ class Folder:
             if path.is_file():
                 self.config[name] = read_json(path)  # "preprocessor" and "generation" are read as sections
                 refuse_code(path, self.config[name])
+            else:
+                self.config.pop(name, None)
         self.files = {}  # name of a tensor -> the file that holds it
         self.shapes = {}
+        if not weights:
+            return
         for file in self._shards():
             with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118, it is no dict
@@ -99,6 +106,8 @@ class Folder:
             return False
         self.check(one)
         self.check(other)
+        if not self.shapes[one]:
+            return self.tensor(one).tobytes() == self.tensor(other).tobytes()
         n = self.shapes[one][0]
         with opened(self.files[one]) as file, opened(self.files[other]) as other_file:
             left, right = file.get_slice(one), other_file.get_slice(other)
@@ -120,11 +129,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def refuse_code(path: Path, values) -> None:
     """Raises InputError where a config, or a section of it, asks for code of its own."""
-    for key, value in values.items():
-        if key in ("auto_map", "trust_remote_code") and value:
-            raise config.InputError(f"{path} has {key}: it asks to run code of its own; refused")
-        if isinstance(value, dict):
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, (dict, list)):
             refuse_code(path, value)
+    for key in ("auto_map", "trust_remote_code"):
+        if isinstance(values, dict) and values.get(key):
+            raise config.InputError(f"{path} has {key}: it asks to run code of its own; refused")
 
 
 def opened(file: Path):
@@ -143,7 +153,9 @@ def local(path: Path | str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+        return Path(huggingface_hub.snapshot_download(
+            str(path), allow_patterns=["*.json", "model*.safetensors"], ignore_patterns=["*/*"]
+        ))  # fmt: skip
     except Exception as error:  # one of many kinds: no network, no such model, no right to it
         text = " ".join(str(error).split()).partition(". ")[0]
         raise config.InputError(f"{path} is no folder here, and could not be had from the hub: {text}") from error

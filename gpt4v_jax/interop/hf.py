@@ -148,8 +148,8 @@ def load(path: Path | str, dtype: str = "float32", mesh: jax.sharding.Mesh | Non
 def put(x: np.ndarray, path: str, dtype, mesh: jax.sharding.Mesh | None) -> jax.Array:
     """An array of the host -> its place on the mesh; each device gets its own part of it alone."""
     dtype = x.dtype if dtype is None else dtype
-    if dtype == jnp.float16 and np.abs(x).max(initial=0) > np.finfo(np.float16).max:
-        raise config.InputError(f"{path} has values beyond float16's 65,504: use float32 or bfloat16")
+    if dtype == jnp.float16:
+        x = cast(x, dtype, path)
     if mesh is None:
         return jnp.array(x, dtype)
     place = sharding.param_sharding(path, x.shape, mesh)
@@ -159,6 +159,15 @@ def put(x: np.ndarray, path: str, dtype, mesh: jax.sharding.Mesh | None) -> jax.
         parts.append(jax.device_put(np.ascontiguousarray(x[at], dtype=dtype).reshape(x[at].shape), device))
         parts[-1].block_until_ready()
     return jax.make_array_from_single_device_arrays(x.shape, place, parts)
+
+
+def cast(x: np.ndarray, dtype, name: str) -> np.ndarray:
+    """Raises InputError where a finite value becomes infinite."""
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype)
+    if dtype == jnp.float16 and (np.isfinite(x) & ~np.isfinite(y)).any():
+        raise config.InputError(f"{name} has values beyond float16's 65,504: use float32 or bfloat16")
+    return y
 
 
 def tied_as_in(folder: Folder, family: Family, ours):
@@ -258,7 +267,7 @@ def _write_shards(folder: Path, tensors: list[Tensor], params: dict, dtype, shar
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         values = {t.name: to_theirs(t, params) for t in held}
         if dtype is not None:
-            values = {k: x.astype(dtype) for k, x in values.items()}
+            values = {name: cast(x, dtype, name) for name, x in values.items()}
         dtypes |= {x.dtype.name for x in values.values()}
         index |= dict.fromkeys(values, name)
         save_file(values, folder / name, metadata={"format": "pt"})

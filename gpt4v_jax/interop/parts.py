@@ -20,7 +20,8 @@ from gpt4v_jax.interop.folder import Folder, local
 # Values of config.Model and config.Image that change what the weights of a part mean, beside the stack's own.
 _MODEL = ("causal", "position", "position_offset", "token_types", "embed_scale", "tied", "head_hidden", "head_bias",
           "logit_scale", "logit_cap")  # fmt: skip
-_IMAGE = ("size", "patch", "mean", "std", "patch_norm", "patch_bias", "position", "class_token", "pre_norm")
+_IMAGE = ("size", "patch", "mean", "std", "patch_norm", "patch_bias", "position", "class_token", "pre_norm",
+          "pool_norm")  # fmt: skip
 _OWN = ("image", "fusion", "context")
 # Parameters that may have more rows than the folder's, or for positions fewer: path -> the axis of the rows.
 _ROWS = {"text/embed/table": 0, "text/position/table": 0, "head/kernel": 1, "head_bias/value": 0}
@@ -29,7 +30,11 @@ _ROWS = {"text/embed/table": 0, "text/position/table": 0, "head/kernel": 1, "hea
 def settings(path: Path | str):
     """A folder's config for a config file: `config.model.update(settings(DIR))`, of an image encoder
     `config.model.image.update(settings(DIR))`. Not the context: the length of a run's rows is the run's own."""
-    ours = families.read_config(Folder(local(path)).config, str(path))
+    there = local(path)
+    if any(there.glob("*.safetensors")):
+        ours = _read(path)[2]
+    else:  # a resumed run needs no weights
+        ours = families.read_config(Folder(there, weights=False).config, str(path))
     if isinstance(ours, config.Model):
         values = dataclasses.asdict(ours)
         return config.sections({k: v for k, v in values.items() if k not in _OWN and v is not None})

@@ -65,6 +65,7 @@ class Family:
     zero: str = ""  # names of weights that a file may lack: they are 0 then
     unread: str = ""  # names of weights that our model has no place for: not read, but told
     renamed: tuple[tuple[str, str], ...] = ()  # older names -> those of the rows (patterns)
+    doubles: tuple[str, ...] = ()  # sections that "<name>_dict" stands in for where it is there
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # what else `save` writes into config.json
     preprocessor: str = ""  # image models: the class in preprocessor_config.json
     generates: bool = False
@@ -77,9 +78,9 @@ def to_config(family: Family, theirs: dict[str, Any], where: str = "config.json"
     """A config.json's values -> our config: config.Model, config.Image or config.Towers."""
     flat = dict(family.fixed)
     try:
-        for section in ("text_config", "vision_config"):  # of CLIP; the second spelling counts where both are there
-            if theirs.get(f"{section}_dict"):
-                theirs = theirs | {section: (theirs.get(section) or {}) | theirs[f"{section}_dict"]}
+        for section in family.doubles:
+            if theirs.get(f"{section}_dict") is not None:
+                theirs = theirs | {section: theirs[f"{section}_dict"]}
         for key in family.keys:
             value = _get(theirs, key.theirs, key.default)
             if not key.ours and value != key.default and (value is not None or key.default):

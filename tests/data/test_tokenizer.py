@@ -55,3 +55,29 @@ def test_characters():
 def test_unknown_kind():
     with pytest.raises(config.InputError, match="did you mean 'char'"):
         tokenizer.train("chars", CORPUS, 300)
+
+
+def test_a_file_s_truncation_and_padding_are_off(tmp_path):
+    trained = tokenizer.train("bpe", CORPUS, 300)
+    inner = trained.inner
+    inner.enable_truncation(4)
+    inner.enable_padding(length=8)
+    inner.save(str(tmp_path / "t.json"))
+    long = "hello hello hello hello"
+    plain = tokenizer.train("bpe", CORPUS, 300).encode(long)
+    for loaded in (tokenizer.load(tmp_path / "t.json"), tokenizer.train(str(tmp_path / "t.json"), (), 0)):
+        assert loaded.encode(long) == plain and len(plain) > 4
+        assert len(loaded.encode("h")) == 1
+
+
+def test_the_token_that_ends_is_the_same_when_a_run_resumes(tmp_path):
+    """A run trains its tokenizer once, and reads it from its workdir from then on."""
+    inner = tokenizer.train("bpe", CORPUS, 300).inner
+    inner.add_special_tokens(["<eot>"])
+    inner.save(str(tmp_path / "t.json"))
+    first = tokenizer.train(str(tmp_path / "t.json"), (), 0, ("<eot>",))
+    (tmp_path / "tokenizer.json").write_text(first.to_json())
+    again = tokenizer.load(tmp_path / "tokenizer.json", ("<eot>",))
+    assert first.ends == again.ends == (first.id("<eot>"),) and first.special == again.special
+    with pytest.raises(config.InputError, match="names no token"):
+        tokenizer.train(str(tmp_path / "t.json"), (), 0, ("<absent>",))

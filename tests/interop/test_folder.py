@@ -417,10 +417,12 @@ def test_mistral_slides_in_every_layer():
 
 
 def test_clip_s_second_spelling_counts():
-    theirs = {"model_type": "clip", "text_config": {"hidden_act": "gelu"}, "vision_config": None}
+    """And whole: what it does not say is the default, not what the first one says."""
+    theirs = {"model_type": "clip", "text_config": {"hidden_size": 64, "hidden_act": "gelu"}, "vision_config": None}
     theirs |= {"text_config_dict": {"hidden_act": "quick_gelu"}, "vision_config_dict": {"layer_norm_eps": 1e-3}}
     ours = families.read_config(theirs)
     assert ours.text.backbone.activation == "quick_gelu" and ours.image.encoder.norm_eps == 1e-3
+    assert ours.text.backbone.width == 512
 
 
 @pytest.mark.parametrize("model_type, values, named", [
@@ -451,8 +453,10 @@ def test_an_index_beside_one_file(sharded):
         hf.load(sharded)
 
 
-def test_code_in_a_section(llama):
-    (llama / "preprocessor_config.json").write_text(json.dumps({"nested": {"auto_map": {"AutoModel": "evil.Model"}}}))
+@pytest.mark.parametrize("hide", [lambda code: {"nested": code}, lambda code: {"a": [1, [code]]}])
+def test_code_in_a_section(llama, hide):
+    code = {"auto_map": {"AutoModel": "evil.Model"}}
+    (llama / "preprocessor_config.json").write_text(json.dumps(hide(code)))
     with pytest.raises(config.InputError, match="preprocessor_config.json has auto_map"):
         hf.load(llama)
 
@@ -488,10 +492,28 @@ def test_bart_without_its_prefix_and_its_logits_bias(tmp_path):
 
 def test_values_beyond_float16(llama):
     tensors = load_file(llama / "model.safetensors")
-    tensors["model.norm.weight"][0] = 1e6
+    tensors["model.norm.weight"][:2] = np.nan, 1e6
     save_file(tensors, llama / "model.safetensors")
     with pytest.raises(config.InputError, match="float16's 65,504"):
         hf.load(llama, "float16")
+    with pytest.raises(config.InputError, match="model.norm.weight has values beyond float16"):
+        hf.save(hf.load(llama), llama.parent / "half", dtype="float16")
+    assert not (llama.parent / "half").exists()
+
+
+def test_tables_without_dimensions(llama):
+    tensors = load_file(llama / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = np.array(1.0, np.float32)
+    save_file(tensors, llama / "model.safetensors")
+    refused(llama, "model.embed_tokens.weight has shape ()")
+
+
+def test_a_key_of_config_json_named_like_a_section(llama):
+    values = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(values | {"generation": 3, "preprocessor": 4}))
+    theirs = hf.load(llama).theirs
+    assert theirs["generation"] == {} and "preprocessor" not in theirs  # what their own files say
 
 
 def test_generation_config_and_labels_go_through(llama, tmp_path):

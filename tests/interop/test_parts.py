@@ -153,6 +153,7 @@ def test_what_only_training_knows_may_differ(folders):
     ({"image__mean": (0.5, 0.5, 0.4)}, "the folder has mean="),
     ({"image__encoder__norm_eps": 1e-3}, "image.encoder: the folder has norm_eps=1e-06, this config 0.001"),
     ({"image__encoder": None}, "model.image.encoder is None"),
+    ({"image__pool_norm": True}, "the folder has pool_norm=False, this config True"),
 ])  # fmt: skip
 def test_another_image_encoder_is_refused(folders, changed, named):
     with pytest.raises(config.InputError) as error:
@@ -215,3 +216,17 @@ def test_settings_are_the_folder_s(folders):
     image = dataclasses.replace(tiny.imported("clip").config.image, pool="none", classes=0)
     assert config.parse(values.to_dict()).model.image == image
     assert hf.load(folders / "clip").config.image.pool == "class"
+
+
+def test_settings_know_a_head_of_its_own(tmp_path):
+    """A config that ties beside a file whose head differs: settings and init_from say the same."""
+    untied = tiny.imported("llama")
+    tiny.folder(tmp_path / "llama")
+    path = tmp_path / "llama/config.json"
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    assert not untied.config.tied and not parts.settings(tmp_path / "llama").tied
+
+
+def test_settings_need_no_weights(folders, tmp_path):
+    (tmp_path / "config.json").write_bytes((folders / "llama/config.json").read_bytes())
+    assert parts.settings(tmp_path).to_dict() == parts.settings(folders / "llama").to_dict()

@@ -106,7 +106,8 @@ CLIP = Family(
     ), (
         *_image_rows("image/"), *_TEXT_ROWS, *common.linear("text_projection", "text/head"),
         Row("logit_scale", "scale/value", "->"),
-    ), _fixed("image.", **_CLIP) | _TEXT, buffers=r"position_ids$", preprocessor="CLIPImageProcessor",
+    ), _fixed("image.", **_CLIP) | _TEXT, doubles=("text_config", "vision_config"),
+    buffers=r"position_ids$", preprocessor="CLIPImageProcessor",
     extra={"vision_config": {"model_type": "clip_vision_model"}, "text_config": {"model_type": "clip_text_model"}},
 )  # fmt: skip
 CLIP_IMAGE = Family(
