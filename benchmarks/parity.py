@@ -133,7 +133,9 @@ def _generation(imported, model, kind: str) -> dict[str, Any]:
     for i, n in enumerate(lengths):
         whole[i, : n + NEW] = np.concatenate([tokens[i, :n], drawn[i]])
         seen[i, : n + NEW] = True
-    again = np.asarray(_logits(_module(imported, width + NEW), imported.params, _batch(whole, seen, source=source)))
+    full = _module(imported, width + NEW)
+    forward = jax.jit(lambda params, batch: _logits(full, params, batch))
+    again = np.asarray(forward(imported.params, _batch(whole, seen, source=source)))
     first, end = (again[np.arange(rows), lengths - 1 + shift] for shift in (0, NEW))
     uncached = np.stack([again[np.arange(rows), lengths - 1 + i].argmax(-1) for i in range(NEW)], axis=1)
     gap = max(np.abs(np.asarray(a) - b).max() for a, b in ((logits, first), (last, end))) / again[seen].std()
@@ -179,7 +181,8 @@ def _image(imported, model, kind: str) -> dict[str, Any]:
     parts = [_difference(np.asarray(ours).reshape(-1, ours.shape[-1]), theirs.numpy().reshape(-1, theirs.shape[-1]))]
     if hasattr(out, "last_hidden_state") and (c.pool != "none" or c.classes):  # what a language model would read
         tower = ImageTower(dataclasses.replace(c, pool="none", classes=0))
-        ours, theirs = tower.apply({"params": imported.params}, patches, index), out.last_hidden_state.numpy()
+        ours = jax.jit(tower.apply)({"params": imported.params}, patches, index)
+        theirs = out.last_hidden_state.numpy()
         parts.append(_difference(*(np.asarray(x).reshape(-1, theirs.shape[-1]) for x in (ours, theirs))))
     return {"difference": max(p["difference"] for p in parts), "argmax": min(p["argmax"] for p in parts)}
 

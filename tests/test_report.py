@@ -19,7 +19,7 @@ from gpt4v_jax.data import sources
 from gpt4v_jax.data.datasets.digits_world import KINDS
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode
-from tests.test_evaluate import command, evaluated, folder  # noqa: F401
+from tests.test_evaluate import evaluated, folder, ran  # noqa: F401
 
 SECTIONS = ["Training", "Accuracy by kind of question", "What it answers", "Where it looks", "How it was made"]
 VOID = {"meta", "img", "br", "link"}
@@ -226,7 +226,7 @@ def test_nothing_is_left_half_written(folder, page, monkeypatch):  # noqa: F811
 
 
 def test_a_folder_without_a_run(tmp_path, capsys):
-    status, error = command(capsys, report.main, f"--workdir={tmp_path / 'none'}")
+    status, error = ran(capsys, report.main, f"--workdir={tmp_path / 'none'}")
     assert status == 2 and error.startswith("error: ") and "holds no run" in error
     assert not (tmp_path / "none").exists()
 
