@@ -1,6 +1,6 @@
 """Host memory of an import: a random Llama of 1.1 billion parameters, read a tensor at a time onto a mesh.
 
-    python -m benchmarks.import_memory --folder /tmp/llama-1b          # writes 2.3 GB there once
+    python -m benchmarks.import_memory --folder FOLDER          # writes 2.3 GB there once
 
 Prints, for each dtype, the peak of the process beyond what it had before and beyond the parameters themselves, and its
 ratio to the largest shard. Each import is a process of its own.

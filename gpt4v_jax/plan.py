@@ -136,7 +136,7 @@ def with_vocabulary(run: config.Config) -> tuple[config.Config, list[str]]:
     if vocab:
         return run, []
     if data.tokenizer.endswith(".json"):
-        vocab, source = tokenizer_lib.train(data.tokenizer, (), data.vocab).vocab, f"of {data.tokenizer}"
+        vocab, source = tokenizer_lib.train(data.tokenizer, (), data.vocab, data.end).vocab, f"of {data.tokenizer}"
     elif data.tokenizer == "bpe":
         vocab, source = data.vocab, "data.vocab, an upper bound: the run trains its tokenizer"
     else:

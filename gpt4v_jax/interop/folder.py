@@ -1,4 +1,4 @@
-"""A model's folder on disk: what can be trusted in it, and writing one. Nothing that a folder brings is executed."""
+"""A model's folder on disk: what can be trusted in it. Nothing that a folder brings is executed."""
 
 import ctypes
 import json
@@ -86,7 +86,6 @@ class Folder:
             odd = min(others).name if others else min(self.files.keys() - self._index().keys())
             raise config.InputError(f"{odd} is in {self.path}, but {INDEX} does not name it: which of them is right?")
 
-
     def check(self, name: str) -> None:
         """Raises InputError where a tensor is of a dtype that we do not read."""
         with opened(self.files[name]) as file:
@@ -162,7 +161,7 @@ def local(path: Path | str) -> Path:
 
 
 def trim() -> None:
-    """glibc keeps freed memory for later: without this the peak grows with every tensor, by twice a shard at 1 B."""
+    """Gives freed memory back: glibc keeps it for later, and the peak would grow with every tensor (the ledger)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # not in musl
