@@ -54,7 +54,7 @@ def test_json_round_trip():
     ({"eval": {"evaluators": "questions"}}, r"config.eval.evaluators='questions' must be a list of str"),
     ({"eval": {"evaluators": [1]}}, r"config.eval.evaluators=\[1\] must be a list of str"),
     ({"eval": {"evaluators": 5}}, r"config.eval.evaluators=5 must be a list of str"),
-    ({"optim": {"name": "adam"}}, r"name='adam' is none of adamw, muon \(did you mean 'adamw'\?\)"),
+    ({"optim": {"name": "adam"}}, r"name='adam' is none of adamw, adafactor, lion, sgd, muon \(did you mean 'adamw'"),
     ({"model": {"position": "rop"}}, r"position='rop' is none of .*'rope'"),
     ({"model": {"backbone": {"norm": "batch"}}}, r"norm='batch' is none of rms, rms_plus_one, layer"),
     ({"model": {"backbone": {"heads": 4, "kv_heads": 3}}}, r"heads=4 is not a multiple of kv_heads=3"),

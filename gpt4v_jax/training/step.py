@@ -15,10 +15,24 @@ from gpt4v_jax.training import objectives
 
 
 @flax.struct.dataclass
+class Watch:
+    """What the guard remembers; scalars."""
+
+    mean: jax.Array  # float32: running average of the accepted losses, not yet divided by 1 - decay^seen
+    seen: jax.Array  # int32: accepted steps
+    skipped: jax.Array  # int32: skipped steps
+    in_row: jax.Array  # int32: skipped steps since the last accepted one
+
+
+@flax.struct.dataclass
 class State:
+    """All that a run carries from step to step. Random numbers need nothing here: they come from (seed, step, ...)."""
+
     step: jax.Array  # [] int32: steps done, and so the data position
     params: Any
     opt_state: Any
+    watch: Watch | None = None
+    ema: Any = None  # a moving average of params, where config.optim.ema keeps one
 
 
 def init_params(model: GPT4V, seed: int):
@@ -31,12 +45,15 @@ def abstract_params(model: GPT4V, seed: int = 0):
     return jax.eval_shape(lambda: init_params(model, seed))
 
 
-def init_state(model: GPT4V, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh) -> State:
+def init_state(model: GPT4V, tx, seed: int, mesh: jax.sharding.Mesh, keep_ema: bool = False) -> State:
     """-> a State that is born sharded: no device ever holds the whole."""
 
     def init():
         params = init_params(model, seed)
-        return State(jnp.int32(0), params, tx.init(params))
+        watch = Watch(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # A copy in name only would be given to the first step twice.
+        ema = jax.tree.map(jnp.copy, params) if keep_ema else None
+        return State(jnp.int32(0), params, tx.init(params), watch, ema)
 
     return jax.jit(init, out_shardings=state_sharding(jax.eval_shape(init), mesh))()
 

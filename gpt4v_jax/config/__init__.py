@@ -1,0 +1,27 @@
+"""What describes a run: frozen dataclasses, and the one place where ConfigDict and JSON become them.
+
+A config file returns `default()` with some values changed. `parse` turns it into a frozen `Config`: from there on a
+run is described by plain, hashable dataclasses, and a typing error is an `InputError` at the door, not a silent
+default.
+"""
+
+from gpt4v_jax.config.check import InputError, at_least, nearest, one_of
+from gpt4v_jax.config.model import ACTIVATIONS, BIASES, Backbone, Fusion, Image, Model, RopeScaling, Towers
+from gpt4v_jax.config.parse import (
+    arguments,
+    default,
+    differences,
+    from_flag,
+    from_json,
+    parse,
+    section,
+    sections,
+    to_json,
+)
+from gpt4v_jax.config.run import Compute, Config, Data, Eval, Guard, InitFrom, Mesh, Optim
+
+__all__ = [
+    "ACTIVATIONS", "BIASES", "Backbone", "Compute", "Config", "Data", "Eval", "Fusion", "Guard", "Image", "InitFrom",
+    "InputError", "Mesh", "Model", "Optim", "RopeScaling", "Towers", "arguments", "at_least", "default", "differences",
+    "from_flag", "from_json", "nearest", "one_of", "parse", "section", "sections", "to_json",
+]  # fmt: skip

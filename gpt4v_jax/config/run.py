@@ -1,0 +1,157 @@
+"""The dataclasses of a run: its model, data, optimizer, devices, and how its steps are computed."""
+
+import dataclasses
+
+from gpt4v_jax.config.check import InputError, at_least, one_of, shares
+from gpt4v_jax.config.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    name: str = "digits_world"  # a data set of gpt4v_jax.data.datasets
+    dir: str = ""  # where raw files are looked for; "" means the environment's GPT4V_DATA_DIR
+    cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
+    tokenizer: str = "bpe"  # bpe | char: trained on the training split | a tokenizer.json; kept in the workdir
+    vocab: int = 512  # upper bound on the vocabulary of a trained BPE
+    start: tuple[str, ...] = ()  # tokens with which an encoder-decoder's answer starts
+    end: tuple[str, ...] = ("<end>",)  # tokens that end an answer; imported tokenizers have their own
+    pictures: str = "real"  # real | blank: the blind baseline's
+    turns: int = 8  # questions of one picture in one training document, at most; 0: none is asked
+    captions: int = 4  # captions of one picture in an epoch, at most, each in a document of its own
+    media: int = 4  # pictures a row can hold: the patch budget is media x patches a picture
+    limit: int = 0  # use only so many training records; 0 means all
+    threads: int = 2  # that read ahead; 0 reads in line
+
+    def __post_init__(self):
+        one_of("pictures", self.pictures, ("real", "blank"))
+        at_least(0, turns=self.turns, captions=self.captions, limit=self.limit, threads=self.threads)
+        at_least(1, media=self.media, vocab=self.vocab)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    name: str = "adamw"  # adamw | adafactor | lion | sgd | muon: matrices of the blocks by Muon, the rest by AdamW
+    lr: float = 1e-3
+    final: float = 0.1  # last learning rate of cosine, linear and wsd, as a share of lr
+    warmup: int = 100  # steps
+    schedule: str = "cosine"  # cosine | linear | wsd: constant, then down | rsqrt: lr sqrt(warmup / step) | constant
+    cooldown: float = 0.2  # share of the run's steps in which wsd goes down (Hu et al. 2024)
+    b1: float = 0.9
+    b2: float = 0.99
+    momentum: float = 0.95  # of muon and sgd
+    weight_decay: float = 0.1  # decoupled: times the learning rate (Loshchilov & Hutter 2019)
+    decay: str = r"(kernel|table)$"  # which parameter paths decay
+    frozen: str = ""  # which parameter paths do not move; they have no optimizer state
+    lr_factors: tuple[str, ...] = ()  # such as "^image/=0.1": learning rate of the parameter paths that match first
+    clip: float = 1.0  # global norm; 0 means none
+    state_dtype: str = "float32"  # of the optimizer's moments: float32 | bfloat16
+    ema: float = 0.0  # decay of a moving average of the weights, which is then what is evaluated; 0: none is kept
+
+    def __post_init__(self):
+        one_of("name", self.name, ("adamw", "adafactor", "lion", "sgd", "muon"))
+        one_of("schedule", self.schedule, ("cosine", "linear", "wsd", "rsqrt", "constant"))
+        one_of("state_dtype", self.state_dtype, ("float32", "bfloat16"))
+        at_least(0, lr=self.lr, final=self.final, warmup=self.warmup, weight_decay=self.weight_decay, clip=self.clip)
+        shares(b1=self.b1, b2=self.b2, momentum=self.momentum, cooldown=self.cooldown, ema=self.ema)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every: int = 0  # steps; 0: at the end of every epoch. And at the end of the run
+    batch: int = 64  # rows
+    limit: int = 0  # records in the evaluations during training; 0 means all
+    best: str = ""  # the metric by which the best checkpoint is kept, as "evaluator/metric"
+    best_mode: str = "max"  # max | min
+    evaluators: tuple[str, ...] = ()  # names of gpt4v_jax.eval.EVALUATORS
+
+    def __post_init__(self):
+        one_of("best_mode", self.best_mode, ("max", "min"))
+        at_least(0, every=self.every, limit=self.limit)
+        at_least(1, batch=self.batch)
+        if self.best:
+            evaluator, _, metric = self.best.partition("/")
+            if not self.evaluators:
+                raise InputError(f"best={self.best!r} needs the evaluator {evaluator!r}: name it, or set best to ''")
+            one_of("best", evaluator, self.evaluators)
+            one_of("best", metric.partition("/")[0], ("accuracy", "loss"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one of them may be -1: as many as there are."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    across: str = "data"  # the axis whose neighbours may be on different hosts (or TPU slices); the others stay inside
+
+    def __post_init__(self):
+        one_of("across", self.across, ("data", "fsdp", "tensor"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a step is computed. Everything but `dtype` changes the result by rounding at most."""
+
+    dtype: str = "float32"  # float32 | bfloat16: of matrix products and activations; parameters stay float32
+    remat: str = "none"  # which of a block's values the backward pass computes again: none | minimal: all but products
+    # | full: all | offload: all but products, which wait in host memory
+    scan: int = 0  # 0: the blocks are a list; n: one compiled loop over them, n periods of the pattern at a time
+    accumulate: int = 1  # micro-batches that make up a step
+    vocab_chunks: int = 1  # the loss sees the vocabulary in so many pieces, and never holds all logits
+
+    def __post_init__(self):
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("remat", self.remat, ("none", "minimal", "full", "offload"))
+        at_least(0, scan=self.scan)
+        at_least(1, accumulate=self.accumulate, vocab_chunks=self.vocab_chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A step whose loss, gradient or update is not finite, or whose loss jumps, changes nothing and is counted."""
+
+    spike: float = 0.0  # a loss beyond so many times its running average is skipped, too; 0: none is
+    limit: int = 10  # skipped steps in a row after which the run stops (1: at the first)
+
+    def __post_init__(self):
+        at_least(0, spike=self.spike)
+        at_least(1, limit=self.limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFrom:
+    """Folders of trained weights, by the part that they fill; "": it starts from random values."""
+
+    backbone: str = ""  # a language model (folder or hub name): text embedding, backbone, head
+    image: str = ""  # an image encoder (folder or hub name)
+    run: str = ""  # a workdir: its best checkpoint
+    run_parameters: str = ""  # which parameter paths are taken from it; "": all that this model has
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 16  # rows per step, over all devices
+    log_every: int = 50
+    save_every: int = 500
+    keep_last: int = 2  # newest checkpoints kept; the older ones are what a damaged one falls back to
+    keep_every: int = 0  # checkpoints at multiples of so many steps are kept for good; 0: none
+    mesh: Mesh = Mesh()
+    compute: Compute = Compute()
+    model: Model = Model()
+    init_from: InitFrom = InitFrom()
+    data: Data = Data()
+    optim: Optim = Optim()
+    guard: Guard = Guard()
+    eval: Eval = Eval()
+
+    def __post_init__(self):
+        at_least(0, seed=self.seed, keep_every=self.keep_every)
+        at_least(1, steps=self.steps, batch=self.batch, log_every=self.log_every, save_every=self.save_every,
+                 keep_last=self.keep_last)  # fmt: skip
+        if self.batch % self.compute.accumulate:
+            raise InputError(f"batch={self.batch} is not a multiple of compute.accumulate={self.compute.accumulate}")
+        if self.init_from.run_parameters and not self.init_from.run:
+            raise InputError(f"init_from.run_parameters={self.init_from.run_parameters!r} needs init_from.run")
