@@ -8,6 +8,14 @@ from absl import flags, logging
 from gpt4v_jax import config
 
 
+class Leave(Exception):
+    """A command ends before its end, for a reason that is documented: one line on stderr and this exit status."""
+
+    def __init__(self, text: str, status: int):
+        super().__init__(text)
+        self.status = status
+
+
 def run(main: Callable[..., None], required: tuple[str, ...] = (), arguments: tuple[str, ...] = ()) -> None:
     """Parses absl's flags and calls main(). Bad input is one line on stderr and exit status 2, no traceback.
 
@@ -21,6 +29,9 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), arguments: tu
     except config.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Leave as reason:
+        print(reason, file=sys.stderr)
+        sys.exit(reason.status)
 
 
 def _parse_flags(required: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:

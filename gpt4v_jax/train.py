@@ -1,13 +1,17 @@
 """THE loop: python -m gpt4v_jax.train --config configs/digits_world.py --workdir runs/digits_world
 
-The same command again goes on where the run was. Chapters: mesh, data, state, step, evaluation, loop.
+The same command again goes on where the run was, also after a kill -9. Chapters: data, state, evaluation, loop.
+Exit status: 0 done, 2 bad input, 3 the guard stopped the run, 75 it was asked to stop (SIGTERM, SIGINT) and saved.
 """
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
@@ -20,26 +24,69 @@ from gpt4v_jax.eval import common
 from gpt4v_jax.interop import parts
 from gpt4v_jax.model import flops
 from gpt4v_jax.model.gpt4v import GPT4V
-from gpt4v_jax.training import checkpoint, metrics, optim, workdir
+from gpt4v_jax.training import checkpoint, goodput, lock, metrics, optim, partial, stop, workdir
 from gpt4v_jax.training import step as step_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, such as configs/digits_world.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; a run there is continued", allow_override=True)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes of a run: docs/cluster.md")
 
 
 def train(run: config.Config, folder: Path) -> dict[str, float]:
-    """Runs `run` to its end in `folder` -> the metrics of the last evaluation."""
+    """Runs `run` to its end in `folder` -> the metrics of the last evaluation.
+
+    Raises InputError for bad input and command.Leave where the run ends early."""
     started = time.time()
-    # ---- mesh
     mesh = sharding.make_mesh(run.mesh)
     jax.set_mesh(mesh)
-    sharding.check_batch(run.batch, mesh)
-
-    # ---- data
+    micro = run.compute.accumulate
+    sharding.check_batch(run.batch // micro, mesh, "batch / compute.accumulate" if micro > 1 else "batch")
     resumes = checkpoint.exists(folder)
+    stream = open_stream(run, folder, resumes)
+    workdir.create(folder)
+    with lock.hold(folder):
+        checkpoints = checkpoint.Checkpoints(folder, run.eval.best, run.eval.best_mode, run.keep_last, run.keep_every)
+        try:
+            start = checkpoints.latest() if resumes else 0
+            clock = goodput.Clock(folder, start, started)
+            with clock.spent("compile"):
+                model, tx, state = initial_state(stream, mesh)
+            if resumes:
+                state = checkpoints.restore(state, start)
+                workdir.check_same(folder, stream.run, r"model\.")
+                lines = []
+            else:
+                params, lines = load_parts(stream.run, state.params, mesh)
+                ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+                state = state.replace(params=params, ema=ema)
+            checkpoints.check_room(state)
+            if start < run.steps:
+                workdir.describe(folder, stream.run, stream.tokenizer)
+            return loop(stream, folder, mesh, model, tx, state, checkpoints, clock, lines)
+        finally:
+            checkpoints.close()
+
+
+# ---- data
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A run with its vocabulary filled in, and what its rows are made from."""
+
+    run: config.Config
+    layout: batch_lib.Layout
+    tokenizer: tokenizer_lib.Tokenizer
+    source: Any
+    plan: packing.RowPlan
+    held_out: Any  # the validation split's source, or None
+
+
+def open_stream(run: config.Config, folder: Path, resumes: bool) -> Stream:
+    """What is wrong with config and data is said here, before a folder is made."""
     if resumes:
-        workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared below
-    records = sources.open_split(run.data, "train")  # before the folder is made: what is missing is said at once
+        workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared later
+    records = sources.open_split(run.data, "train")
     if resumes:
         tokenizer = tokenizer_lib.load(folder / "tokenizer.json", run.data.end)
     else:
@@ -52,101 +99,162 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     plan = packing.RowPlan(source.sizes, layout, run.seed)
     held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit) if run.eval.evaluators else None
     eval_lib.check(run.eval.evaluators, held_out, run.data.name)
-    next(pipeline.batches(source, plan, layout, run.batch, 0, 1))  # what is wrong with records is said before a file is
+    next(pipeline.batches(source, plan, layout, run.batch, 0, 1))
+    return Stream(run, layout, tokenizer, source, plan, held_out)
 
-    # ---- state
-    model = GPT4V(run.model, layout)
+
+# ---- state
+
+
+def initial_state(stream: Stream, mesh: jax.sharding.Mesh):
+    """-> (model, optimizer, a new State)."""
+    run = stream.run
+    model = GPT4V(run.model, stream.layout, run.compute)
     tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
-    state = step_lib.init_state(model, tx, run.seed, mesh)
-    came_from = []
-    if not resumes:
-        params, came_from = parts.initialise(state.params, run, mesh)
-        state = state.replace(params=params)
-    workdir.create(folder)
-    checkpoints = checkpoint.Checkpoints(folder, run.eval.best, run.eval.best_mode)
-    if resumes:
-        state = checkpoints.restore(state, checkpoints.latest())
-        workdir.check_same(folder, run, r"model\.")
-    start = int(state.step)
-    if start < run.steps:
-        workdir.describe(folder, run, tokenizer)
+    return model, tx, step_lib.init_state(model, tx, run.seed, mesh, keep_ema=run.optim.ema > 0)
 
-    # ---- step
-    train_step = step_lib.compile_train_step(model, tx, run, state, mesh)
+
+def load_parts(run: config.Config, params, mesh: jax.sharding.Mesh):
+    """-> (the parameters with what init_from names, lines that say what came from where)."""
+    if run.init_from.run:
+        params, lines = partial.load(params, run, mesh)
+        return params, lines
+    return parts.initialise(params, run, mesh)
+
+
+# ---- evaluation
+
+
+def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Callable[[step_lib.State], dict]:
+    """-> evaluate(state) -> {"evaluator/metric": value}; `check` may raise to leave it undone."""
+    run = stream.run
     eval_step = jax.jit(step_lib.make_eval_step(model))
+    subject = common.Subject(
+        run, stream.layout, stream.tokenizer, mesh, eval_step, None, stream.held_out, "validation", check
+    )
 
-    # ---- evaluation
-    subject = common.Subject(run, layout, tokenizer, mesh, eval_step, None, held_out, "validation")
-
-    def evaluate() -> dict[str, float]:
-        results = {}
+    def evaluate(state) -> dict[str, float]:
+        params, results = state.params if state.ema is None else state.ema, {}
         for name in run.eval.evaluators:
-            result = eval_lib.EVALUATORS[name](dataclasses.replace(subject, params=state.params))
+            result = eval_lib.EVALUATORS[name](dataclasses.replace(subject, params=params))
             results |= {f"{name}/{key}": float(value) for key, value in result.metrics.items()}
         if run.eval.best:
             config.one_of("eval.best", run.eval.best, tuple(results))
         return results
 
-    # ---- loop
+    return evaluate
+
+
+# ---- loop
+
+
+def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, clock, lines) -> dict[str, float]:
+    run, start = stream.run, int(state.step)
     minutes = [line["minutes"] for line in metrics.read(folder) if "minutes" in line] if start else []
-    spent = minutes[-1] if minutes else 0.0
-    log = metrics.Log(folder, start)
-    progress = metrics.Progress(run.steps, start)
-    progress.line("\n".join([summary(run, layout, state.params, mesh, source, tokenizer, start), *came_from]))
-    batches = pipeline.batches(source, plan, layout, run.batch, start, run.steps, run.data.threads)
+    earlier, started = minutes[-1] if minutes else 0.0, time.time()
+    log, progress = metrics.Log(folder, start), metrics.Progress(run.steps, start)
+    progress.line("\n".join([summary(stream, state.params, mesh, start), *lines]))
+    batches = pipeline.batches(stream.source, stream.plan, stream.layout, run.batch, start, run.steps, run.data.threads)
     row_tokens = run.batch * run.model.context
     results, evaluated = {}, 0  # the newest evaluation, and its step
-    epoch, since = plan.locate(start * run.batch)[0], []  # since: device scalars since the last line
-    compiled = None  # when the first step was done
+    since, before = [], None  # device scalars since the last line, and of the step before
+
+    def epoch_after(step: int) -> int:
+        return stream.plan.locate(step * run.batch)[0]
+
+    def is_due(step: int) -> bool:
+        if run.eval.every and step % run.eval.every == 0 or step == run.steps:
+            return True
+        return not run.eval.every and epoch_after(step) != epoch_after(step - 1)
 
     def show(done: dict | None) -> None:
         if done and "tokens_per_second" in done:
             left = (run.steps - done["step"]) * row_tokens / done["tokens_per_second"]
             progress.show(done["step"], done["loss"], done["tokens_per_second"], left)
 
-    def minutes_spent() -> float:
-        return spent + (time.time() - started) / 60
+    def spent() -> float:
+        return earlier + (time.time() - started) / 60
 
-    with progress:
-        for step in range(start + 1, run.steps + 1):
-            state, values = train_step(state, sharding.put_batch(next(batches), mesh))
-            since.append((values["loss"], values["accuracy"]))
-            if compiled is None:
-                jax.block_until_ready(values)
-                compiled, paused = time.time(), 0.0
-                progress.line(f"first step done after {compiled - started:.1f} s, compilation included")
-                log.write(step, values)
-            elif step % run.log_every == 0 or step == run.steps:
-                rate = row_tokens * (step - start - 1) / max(time.time() - compiled - paused, 1e-9)
-                show(log.later(step, values | {"tokens_per_second": rate, "epoch": epoch, "minutes": minutes_spent()}))
-            progress.advance(step)
+    def evaluate_at(step: int) -> None:
+        nonlocal results, evaluated
+        with clock.spent("evaluation"):
+            results, evaluated = evaluate(state), step
+            log.write(step, results | {"minutes": spent()})
+            checkpoints.record(step, results)
 
-            last = step == run.steps
-            here, epoch = epoch, plan.locate(step * run.batch)[0]
-            due = last or (step % run.eval.every == 0 if run.eval.every else epoch != here)
-            saves = due or step % run.save_every == 0
-            if saves:
-                show(log.flush())  # a run that is killed after this resumes behind this step
-            if due:
-                before = time.time()
-                results = evaluate()
-                log.write(step, results | {"minutes": minutes_spent()})
-                evaluated = step
-                paused += time.time() - before
-            if due or epoch != here:
-                progress.line(_line(step, here, since, results, evaluated))
-                since = []
-            if saves:
-                checkpoints.save(state, results if due else None)
+    with progress, stop.Stop(mesh) as asked, clock.spent("step"):
+        evaluate = make_evaluate(stream, mesh, model, asked.check)
+        step, leaving = start, False
+        try:
+            if start and is_due(start) and not metrics.evaluated(folder, start):  # it was stopped in it
+                evaluate_at(start)
+            while step < run.steps and not leaving:
+                step += 1
+                with clock.spent("input"):
+                    batch = sharding.put_batch(next(batches), mesh, run.batch)
+                if step == start + 1:
+                    with clock.spent("compile"):
+                        train_step = step_lib.compile_train_step(model, tx, run, state, mesh)
+                        train_step = train_step.lower(state, batch).compile()
+                state, values = train_step(state, batch)
+                if step == start + 1:
+                    jax.block_until_ready(values)
+                    first = clock.busy()
+                    progress.line(f"first step done after {clock.total():.1f} s, compilation included")
+                    log.write(step, values)
+                elif step % run.log_every == 0 or step == run.steps:
+                    rate = row_tokens * (step - start - 1) / max(clock.busy() - first, 1e-9)
+                    more = {"tokens_per_second": rate, "epoch": epoch_after(step - 1), "minutes": spent()}
+                    show(log.later(step, values | more))
+                progress.advance(step)
+                since.append((values["loss"], values["accuracy"]))
+                if before is not None:
+                    guard(run, step - 1, before)
+                before = values
+
+                leaving = asked.asked()
+                due = is_due(step)
+                if due or leaving or step % run.save_every == 0:
+                    show(log.flush())  # a run that is killed after this resumes behind this step
+                    with clock.spent("checkpoint"):
+                        checkpoints.save(state)
+                    clock.write(step)
+                if due and not leaving:
+                    evaluate_at(step)
+                if due or epoch_after(step) != epoch_after(step - 1):
+                    progress.line(_line(step, epoch_after(step - 1), since, results, evaluated))
+                    since = []
+            if before is not None:
+                guard(run, step, before)
+        except stop.Interrupted:
+            leaving = True
+        with clock.spent("checkpoint"):
+            checkpoints.wait()
     log.close()
-    checkpoints.wait()
-    checkpoints.close()
-    progress.line(f"done: {run.steps} steps, {(time.time() - started) / 60:.1f} minutes in this process; {folder}")
+    clock.write(step)
+    progress.line(clock.summary())
+    if leaving:
+        raise command.Leave(f"asked to stop: saved step {step} of {run.steps} in {folder}; the same command goes on "
+                            "from there", stop.PREEMPTED)  # fmt: skip
+    progress.line(f"done: {run.steps} steps, {clock.total() / 60:.1f} minutes in this process; {folder}")
     return results
 
 
-def summary(run, layout, params, mesh, source, tokenizer, start) -> str:
+def guard(run: config.Config, step: int, values) -> None:
+    """Raises Leave when so many steps in a row were skipped that going on is no use."""
+    in_row = int(values["skipped_in_row"])
+    if in_row >= run.guard.limit:
+        raise command.Leave(
+            f"stopped by the guard: {in_row} steps up to step {step} were skipped in a row, their loss, gradient or "
+            f"learning rate not finite or the loss beyond guard.spike={run.guard.spike} times its average (the last "
+            f"loss was {float(values['loss']):.6g}). Parameters are those of step {step - in_row}; the checkpoints are "
+            "as they were. Lower optim.lr, look at the data of these steps, or raise guard.limit", stop.STOPPED,
+        )  # fmt: skip
+
+
+def summary(stream: Stream, params, mesh, start: int) -> str:
     """What is about to run: parameters by module, FLOPs and tokens a step, devices, data."""
+    run, layout, source, tokenizer = stream.run, stream.layout, stream.source, stream.tokenizer
     counts = flops.parameters(params)
     step_flops = flops.train_step(run.model, layout, run.batch)
     lengths, media = source.sizes(0)
@@ -171,6 +279,8 @@ def _line(step: int, epoch: int, since, results: dict[str, float], evaluated: in
 
 
 def main() -> None:
+    if _DISTRIBUTED.value:
+        sharding.start_distributed()
     train(config.from_flag(_CONFIG.value), Path(_WORKDIR.value))
 
 

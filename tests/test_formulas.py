@@ -80,7 +80,7 @@ def test_autoregressive_factorisation():
         weight=np.ones((V**T, T), np.float32), position=np.broadcast_to(np.arange(T)[:, None], (V**T, T, 1)),
     )  # fmt: skip
     forward = jax.jit(lambda b: step_lib.forward(model, params, b))
-    log_p = -objectives.token_nats(forward(batch), batch.target).sum(1)
+    log_p = -objectives.of_logits(forward(batch), batch.target)[0].sum(1)
     assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-5)
 
     chain = np.ones(len(sequences))
@@ -90,7 +90,7 @@ def test_autoregressive_factorisation():
         chain *= p[np.arange(len(p)), sequences[:, t + 1]]
     np.testing.assert_allclose(log_p, np.log(chain), rtol=1e-5)
 
-    total, tokens = objectives.next_token(forward(batch), batch)["loss"]
+    total, tokens = objectives.next_token(*objectives.of_logits(forward(batch), batch.target), batch)["loss"]
     assert float(total) == pytest.approx(-np.log(chain).sum(), rel=1e-5)
     assert tokens == len(sequences) * T
 
@@ -98,7 +98,7 @@ def test_autoregressive_factorisation():
 def test_cross_entropy():
     logits = np.array([[[2.0, 1.0, 0.0], [0.5, 0.5, 0.5]]], np.float32)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    nats = objectives.token_nats(jnp.array(logits), jnp.array([[0, 2]]))
+    nats = objectives.of_logits(jnp.array(logits), jnp.array([[0, 2]]))[0]
     np.testing.assert_allclose(nats, [[-np.log(p[0, 0, 0]), np.log(3)]], rtol=1e-6)
 
 

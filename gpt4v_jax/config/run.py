@@ -109,7 +109,7 @@ class Compute:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """A step whose loss, gradient or update is not finite, or whose loss jumps, changes nothing and is counted."""
+    """A step whose loss, gradient or learning rate is not finite, or whose loss jumps, changes nothing, is counted."""
 
     spike: float = 0.0  # a loss beyond so many times its running average is skipped, too; 0: none is
     limit: int = 10  # skipped steps in a row after which the run stops (1: at the first)

@@ -4,11 +4,18 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
-from gpt4v_jax.model.layers import MLP, Linear, Norm, Table, Vector, dropout
+from gpt4v_jax.model.layers import MLP, Linear, Norm, Table, Vector, dropout, named, numbered
 from gpt4v_jax.sharding import shard
+
+SAVED = {  # config.Compute.remat -> what of a block's values waits for the backward pass
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 
 
 class Attention(nn.Module):
@@ -66,22 +73,21 @@ class Block(nn.Module):
     rotary: bool
 
     @nn.compact
-    def __call__(self, x, position, sight, kv=None, memory=None, bias=None, key=None, capture=False):
+    def __call__(self, x, position, sight, kv=None, memory=None, bias=None, keys=None, capture=False):
         """memory: (its vectors or None, its k and v or None, the sight on it) -> (x, (k, v), memory's (k, v), out)."""
         c = self.config
         out_gain = (2 * c.depth) ** -0.5  # the residual stream's variance does not grow with depth (GPT-2)
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3 if self.kind == "cross" else 2)
         norm = functools.partial(Norm, c.norm, c.norm_eps)
 
         def before(name):
             return x if c.norm_place == "post" else norm(name=f"{name}_norm")(x)
 
-        def after(name, branch, key):
+        def after(name, branch):
             if c.norm_place == "sandwich":
                 branch = norm(name=f"{name}_post_norm")(branch)
             if c.layer_scale:
-                branch *= Vector(branch.shape[-1], c.layer_scale, name=f"{name}_scale")()
-            total = shard(x + dropout(branch, c.dropout, key), "batch")
+                branch *= Vector(branch.shape[-1], c.layer_scale, name=f"{name}_scale")().astype(branch.dtype)
+            total = shard(x + dropout(branch, c.dropout, keys, name), "batch")
             return norm(name=f"{name}_norm")(total) if c.norm_place == "post" else total
 
         local = self.kind == "local"
@@ -90,53 +96,109 @@ class Block(nn.Module):
             rope = (c.local_theta, config.RopeScaling())
         attend = Attention(c, out_gain, c.window if local else 0, rope if self.rotary else None, name="attention")
         mixed, kv, out = attend(before("attention"), position, sight, kv, bias, capture)
-        x = after("attention", mixed, keys[0])
+        x = after("attention", mixed)
         memory_kv = None
         if self.kind == "cross":
             vectors, memory_kv, memory_sight = memory
             attend = Attention(c, out_gain, name="cross")
             mixed, memory_kv, _ = attend(before("cross"), position, memory_sight, memory_kv, memory_BSD=vectors)
-            x = after("cross", mixed, keys[2])
+            x = after("cross", mixed)
         mixed = MLP(c.hidden, c.activation, "mlp" in c.bias, out_gain, name="mlp")(before("mlp"))
-        return after("mlp", mixed, keys[1]), kv, memory_kv, out
+        return after("mlp", mixed), kv, memory_kv, out
 
 
 class Backbone(nn.Module):
-    """x [B,T,D] -> (final hidden states [B,T,D], the layers' k and v, the memory's, captured q and k by layer)."""
+    """x [B,T,D] -> (final hidden states [B,T,D], the layers' k and v, the memory's, captured q and k by layer).
+
+    Parameters lie in one tree for each block, however the blocks are computed: `compute` may make one loop of them
+    (what the loop runs over is stacked on the way), and may have the backward pass compute them again.
+    """
 
     config: config.Backbone
     rotary: bool = False
     both_ways: bool = False  # relative positions tell keys ahead from keys behind
     last_norm: bool = True
+    compute: config.Compute = config.Compute()
 
     @nn.compact
-    def __call__(self, x, position, sight, cache: attention.Cache | None = None, key=None, capture=False, memory=None):
-        """memory, for cross blocks: (vectors [B,S,D], or None where `cache` has their k and v; the sight on them)."""
+    def __call__(self, x, position, sight, cache: attention.Cache | None = None, keys=None, capture=False, memory=None):
+        """memory, for cross blocks: (vectors [B,S,D], or None where `cache` has their k and v; the sight on them).
+
+        keys [B]: random keys of the rows, for dropout.
+        """
         c = self.config
-        kvs, memory_kvs, out, bias = [], [], {}, None
-        if c.buckets:
-            table = Table(c.buckets, c.heads, name="relative")
-
-            def bias(behind_BTS):
-                ids = attention.bucket(behind_BTS, c.buckets, c.bucket_distance, self.both_ways)
-                return table(ids).transpose(0, 3, 1, 2)
-
-        if key is not None:
-            x = dropout(x, c.dropout, jax.random.fold_in(key, c.depth))
-        for i, kind in enumerate(c.kinds):  # a list, not a scan: faster on a CPU and in decoding
-            kv = None if cache is None else (cache.k[i], cache.v[i])
-            block_memory = None
-            if kind == "cross":
-                vectors, memory_sight = memory
-                read = cache.memory[len(memory_kvs)] if vectors is None else None
-                block_memory = (vectors, read, memory_sight)
-            layer_key = None if key is None else jax.random.fold_in(key, i)
-            block = Block(c, kind, self.rotary, name=f"block_{i}")
-            x, kv, memory_kv, captured = block(x, position, sight, kv, block_memory, bias, layer_key, capture)
-            kvs.append(kv)
-            if kind == "cross":
-                memory_kvs.append(memory_kv)
-            out |= {f"block_{i}/{name}": value for name, value in captured.items()}
+        kvs, memory_kvs, out = [], [], {}
+        if keys is not None:
+            keys = named(keys, "/".join(self.path))
+            x = dropout(x, c.dropout, keys, "stream")
+        table = Table(c.buckets, c.heads, name="relative") if c.buckets else None
+        plain = cache is not None or capture or self.is_initializing()
+        if plain or (self.compute.remat == "none" and not self.compute.scan):
+            for i, kind in enumerate(c.kinds):  # a list, not a loop: faster on a CPU and in decoding
+                kv = None if cache is None else (cache.k[i], cache.v[i])
+                block_memory = None
+                if kind == "cross":
+                    vectors, memory_sight = memory
+                    read = cache.memory[len(memory_kvs)] if vectors is None else None
+                    block_memory = (vectors, read, memory_sight)
+                block = Block(c, kind, self.rotary, name=f"block_{i}")
+                block_keys, bias = _numbered(keys, i), self._bias(table)
+                x, kv, memory_kv, captured = block(x, position, sight, kv, block_memory, bias, block_keys, capture)
+                kvs.append(kv)
+                if kind == "cross":
+                    memory_kvs.append(memory_kv)
+                out |= {f"block_{i}/{name}": value for name, value in captured.items()}
+        else:
+            x = self._pure(x, position, sight, keys, memory)
         if c.norm_place != "post" and self.last_norm:
             x = Norm(c.norm, c.norm_eps, name="norm")(x)
         return x, kvs, tuple(memory_kvs), out
+
+    def _bias(self, table):
+        """-> what attention adds to its scores: distances [B,T,S] -> [B,N,T,S]; None without relative positions."""
+        if table is None:
+            return None
+        c = self.config
+
+        def bias(behind_BTS):
+            ids = attention.bucket(behind_BTS, c.buckets, c.bucket_distance, self.both_ways)
+            return table(ids).transpose(0, 3, 1, 2)
+
+        return bias
+
+    def _pure(self, x, position, sight, keys, memory):
+        """The blocks as a pure function of their parameters, for jax.checkpoint and jax.lax.scan."""
+        c, compute, params = self.config, self.compute, self.variables["params"]
+        read = (memory[0], None, memory[1]) if memory else None
+        table = None
+        if c.buckets:
+            table = functools.partial(Table(c.buckets, c.heads, parent=None).apply, {"params": params["relative"]})
+
+        def one(kind, x, i, block_params):
+            block, block_memory = Block(c, kind, self.rotary, parent=None), read if kind == "cross" else None
+            args = (x, position, sight, None, block_memory, self._bias(table), _numbered(keys, i))
+            return block.apply({"params": block_params}, *args)[0]
+
+        if compute.remat != "none":
+            one = jax.checkpoint(one, policy=SAVED[compute.remat], static_argnums=0)
+
+        def run(x, period):
+            """period: [(number of the block, its parameters)], from the first kind of the pattern on."""
+            for kind, (i, block_params) in zip(c.pattern, period, strict=False):
+                x = one(kind, x, i, block_params)
+            return x
+
+        blocks = [(i, params[f"block_{i}"]) for i in range(c.depth)]
+        P = len(c.pattern)
+        periods = [blocks[i : i + P] for i in range(0, c.depth, P)]
+        whole = c.depth // P if compute.scan else 0
+        if whole:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *periods[:whole])
+            x, _ = jax.lax.scan(lambda x, period: (run(x, period), None), x, stacked, unroll=compute.scan)
+        for period in periods[whole:]:
+            x = run(x, period)
+        return x
+
+
+def _numbered(keys, number):
+    return None if keys is None else numbered(keys, number)

@@ -10,6 +10,7 @@ returned in `out` when `capture` asks for them.
 """
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -18,40 +19,83 @@ from gpt4v_jax import config
 from gpt4v_jax.model import attention, fusion
 from gpt4v_jax.model.backbone import Backbone
 from gpt4v_jax.model.image import ImageEmbed
-from gpt4v_jax.model.layers import ACTIVATIONS, Linear, Norm, Vector
+from gpt4v_jax.model.layers import ACTIVATIONS, Kernel, Linear, Norm, Vector
 from gpt4v_jax.model.text import TextEmbed
 from gpt4v_jax.sharding import shard
+
+
+@flax.struct.dataclass
+class Head:
+    """What makes logits of vectors; a loss may take it apart into pieces of the vocabulary."""
+
+    kernel: jax.Array  # [D,V]; tied [V,D]
+    bias: jax.Array | None  # [V]
+    cap: float = flax.struct.field(pytree_node=False, default=0.0)
+    tied: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def __call__(self, x):
+        """[...,D] -> [...,V] float32."""
+        kernel_DV = self.kernel.T if self.tied else self.kernel
+        x = jnp.matmul(x.astype(kernel_DV.dtype), kernel_DV, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            x += self.bias
+        return jnp.tanh(x / self.cap) * self.cap if self.cap else x
+
+    @property
+    def vocab(self) -> int:
+        return self.kernel.shape[self._axis]
+
+    @property
+    def _axis(self) -> int:
+        return 0 if self.tied else 1
+
+    def columns(self, first, count: int) -> "Head":
+        """-> the head of the tokens first, ..., first + count - 1."""
+        bias = None if self.bias is None else jax.lax.dynamic_slice_in_dim(self.bias, first, count)
+        return self.replace(kernel=jax.lax.dynamic_slice_in_dim(self.kernel, first, count, self._axis), bias=bias)
+
+    def add_columns(self, first, part: "Head") -> "Head":
+        """-> this head with `part` added to its columns from `first` on."""
+
+        def add(whole, part, axis):
+            old = jax.lax.dynamic_slice_in_dim(whole, first, part.shape[axis], axis)
+            return jax.lax.dynamic_update_slice_in_dim(whole, old + part, first, axis)
+
+        bias = None if self.bias is None else add(self.bias, part.bias, 0)
+        return self.replace(kernel=add(self.kernel, part.kernel, self._axis), bias=bias)
 
 
 class GPT4V(nn.Module):
     config: config.Model
     layout: batch_lib.Layout
+    compute: config.Compute = config.Compute()
 
     def setup(self):
         c = self.config
         self.text = TextEmbed(c)
         if c.image.size:
-            self.image = ImageEmbed(c)
-        self.backbone = Backbone(c.backbone, c.position == "rope", both_ways=not c.causal)
+            self.image = ImageEmbed(c, self.compute)
+        self.backbone = Backbone(c.backbone, c.position == "rope", both_ways=not c.causal, compute=self.compute)
         if c.embed_norm:
             self.embed_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
         if c.source:
-            self.source = Backbone(c.source, c.position == "rope", both_ways=True)
+            self.source = Backbone(c.source, c.position == "rope", both_ways=True, compute=self.compute)
             if c.embed_norm:
                 self.source_norm = Norm(c.source.norm, c.source.norm_eps)
         if c.head_hidden:
             self.head_hidden = Linear((c.backbone.width,), (c.backbone.width,), True)
             self.head_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
         if not c.tied:
-            self.head = Linear((c.backbone.width,), (c.vocab,), gain=c.init_std * c.backbone.width**0.5)
+            self.head = Kernel(c.backbone.width, c.vocab, gain=c.init_std * c.backbone.width**0.5)
         if c.head_bias:
             self.head_bias = Vector(c.vocab)
 
-    def __call__(self, batch: batch_lib.Batch, cache=None, key=None, capture: bool = False):
+    def __call__(self, batch: batch_lib.Batch, cache=None, keys=None, capture: bool = False):
         """-> (hidden [B,T,D], cache, out).
 
         cache: an attention.Cache that this batch's positions are appended to; None: the batch is whole.
-        key: a jax.random key for dropout; None: no dropout. capture: q (after rope) and k of every layer into `out`.
+        keys [B]: random keys of the rows, for dropout; None: no dropout. capture: q (after rope) and k of every layer
+        into `out`.
         """
         if cache is None:
             step = jnp.cumsum(batch.ar, axis=1)
@@ -71,10 +115,10 @@ class GPT4V(nn.Module):
                 raise ValueError(f"the image embedder made {features} features a row, the layout lays {budget} slots")
         fused = fusion.KINDS[self.config.fusion.kind](segments, batch.slot)
 
-        memory = self._memory(batch, step, cache, key) if self.config.source else None
+        memory = self._memory(batch, step, cache, keys) if self.config.source else None
         x = shard(self.embed_norm(fused.stream) if self.config.embed_norm else fused.stream, "batch")
         hidden, kvs, memory_kvs, out = self.backbone(
-            x, batch.position[..., 0], sight, cache, key, capture, memory
+            x, batch.position[..., 0], sight, cache, keys, capture, memory
         )
         if cache is not None:
             k, v = zip(*kvs, strict=True)
@@ -85,7 +129,7 @@ class GPT4V(nn.Module):
             self.logits(hidden)
         return hidden, cache, out
 
-    def _memory(self, batch: batch_lib.Batch, step, cache, key):
+    def _memory(self, batch: batch_lib.Batch, step, cache, keys):
         """What cross blocks read: (the source's vectors, or None where the cache has their k and v; the sight)."""
         if batch.source is None:
             if cache is None or cache.memory_document is None:
@@ -95,20 +139,22 @@ class GPT4V(nn.Module):
             source, document = batch.source, batch.source.document
             vectors = self.text.source(source)
             vectors = shard(self.source_norm(vectors) if self.config.embed_norm else vectors, "batch")
-            key = None if key is None else jax.random.fold_in(key, 1)
             sight = attention.bidirectional(document)
-            vectors = self.source(vectors, source.position[..., 0], sight, key=key)[0]
+            vectors = self.source(vectors, source.position[..., 0], sight, keys=keys)[0]
         zero = jnp.zeros_like(document)  # step 0: every step sees all of its document's source
         return vectors, attention.Sight(batch.document, step, document, zero, reach=document.shape[1])
 
     def logits(self, hidden):
         """Hidden states [...,D] -> logits [...,V] in float32."""
+        x, head = self.before_head(hidden)
+        return head(x)
+
+    def before_head(self, hidden) -> tuple[jax.Array, Head]:
+        """-> (what the head reads [...,D], the head)."""
         c = self.config
         if c.head_hidden:
             hidden = self.head_norm(ACTIVATIONS[c.head_hidden](self.head_hidden(hidden)))
         if c.logit_scale != 1:
             hidden = hidden * c.logit_scale
-        x = (self.text.attend(hidden) if c.tied else self.head(hidden)).astype(jnp.float32)
-        if c.head_bias:
-            x += self.head_bias()
-        return jnp.tanh(x / c.logit_cap) * c.logit_cap if c.logit_cap else x
+        kernel = self.text.table() if c.tied else self.head()
+        return hidden, Head(kernel, self.head_bias() if c.head_bias else None, c.logit_cap, c.tied)

@@ -41,12 +41,12 @@ class PatchEmbed(nn.Module):
             Vector(self.width, name="mask_token")()
         if c.class_token:
             token = Vector(self.width, std=0.02, name="class_token")()
-            token += table(0) if c.position == "learned" else 0
+            token = (token + (table(0) if c.position == "learned" else 0)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], class_tokens, self.width)), x], axis=1)
         return x
 
 
-def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None):
+def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, compute=config.Compute()):  # noqa: B008, frozen
     """Patches -> [B,C+M,D], C class tokens first; each item is encoded by itself. For use in a compact method.
 
     item_BN: the items that class tokens belong to (0: none); None where there are none.
@@ -56,20 +56,22 @@ def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None):
     if c.pre_norm:
         x = Norm("layer", c.encoder.norm_eps, name="pre_norm")(x)
     item = item_BM if item_BN is None else jnp.concatenate([item_BN, item_BM], axis=1)
-    return Backbone(c.encoder, last_norm=not c.pool_norm, name="encoder")(x, None, attention.bidirectional(item))[0]
+    encoder = Backbone(c.encoder, last_norm=not c.pool_norm, compute=compute, name="encoder")
+    return encoder(x, None, attention.bidirectional(item))[0]
 
 
 class ImageEmbed(nn.Module):
     """Media [B,M,...] -> Segment [B,M,D]; through a bidirectional encoder within each picture, where there is one."""
 
     config: config.Model
+    compute: config.Compute = config.Compute()
 
     @nn.compact
     def __call__(self, media: batch_lib.Media, document, step) -> batch_lib.Segment:
         c, width = self.config.image, self.config.backbone.width
         if c.encoder:
             items = jnp.where(media.at >= 0, jnp.arange(1, media.at.shape[1] + 1), 0) if c.class_token else None
-            x = _encode(c, media.patch, media.index, media.item, items)[:, -media.patch.shape[1] :]
+            x = _encode(c, media.patch, media.index, media.item, items, self.compute)[:, -media.patch.shape[1] :]
             x = Linear((c.encoder.width,), (width,), True, name="connector")(x)
         else:
             x = PatchEmbed(c, width, name="image")(media.patch, media.index)

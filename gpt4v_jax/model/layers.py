@@ -6,6 +6,7 @@ p values a patch.
 """
 
 import math
+import zlib
 
 import flax.linen as nn
 import jax
@@ -28,8 +29,8 @@ GATED = ("swiglu", "geglu")  # the activated gate multiplies the values (Shazeer
 class Linear(nn.Module):
     """y = x W + b over the last len(inputs) dimensions of x: [..., *inputs] -> [..., *outputs].
 
-    W starts with standard deviation gain / sqrt(fan-in). The product is one flat matrix product, which XLA runs faster
-    on a CPU than the batched form.
+    W starts with standard deviation gain / sqrt(fan-in), and its dtype is that of the product and of y. The product is
+    one flat matrix product, which XLA runs faster on a CPU than the batched form.
     """
 
     inputs: tuple[int, ...]
@@ -45,13 +46,26 @@ class Linear(nn.Module):
         rows = x.shape[: x.ndim - len(self.inputs)]
         if x.shape[len(rows) :] != self.inputs:
             raise ValueError(f"{self.path}: expected [..., {self.inputs}], got {x.shape}")
-        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)
+        y = x.reshape(-1, fan_in).astype(kernel.dtype) @ kernel.reshape(fan_in, fan_out)
         y = y.reshape(*rows, *self.outputs)
-        return y + self.param("bias", nn.initializers.zeros, self.outputs) if self.bias else y
+        return y + self.param("bias", nn.initializers.zeros, self.outputs).astype(y.dtype) if self.bias else y
+
+
+class Kernel(nn.Module):
+    """A bare matrix [inputs, outputs] that starts like Linear's, for who takes the product in pieces."""
+
+    inputs: int
+    outputs: int
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self):
+        init = nn.initializers.normal(self.gain * self.inputs**-0.5)
+        return self.param("kernel", init, (self.inputs, self.outputs))
 
 
 class Table(nn.Module):
-    """A table of `rows` learned vectors: ids [...] -> [..., width]. `attend` is the tied head."""
+    """A table of `rows` learned vectors: ids [...] -> [..., width]. It is the tied head, too."""
 
     rows: int
     width: int
@@ -62,10 +76,6 @@ class Table(nn.Module):
 
     def __call__(self, ids):
         return jnp.take(self.table, ids, axis=0)
-
-    def attend(self, x):
-        """x [..., width] -> [..., rows]: inner products with every row."""
-        return x @ self.table.T
 
 
 class Vector(nn.Module):
@@ -128,9 +138,24 @@ class MLP(nn.Module):
         return Linear((self.hidden,), (D,), self.bias, self.out_gain, name="down")(up_BTF)
 
 
-def dropout(x, rate: float, key):
-    """Zeroes each value with probability `rate` and scales the rest; no key (evaluation) or rate 0: x itself."""
-    if key is None or rate == 0:
+def named(keys, name: str):
+    """Random keys [B] and a name -> keys [B] of their own, whatever other names there are."""
+    salt = zlib.crc32(name.encode())
+    return jax.vmap(lambda key: jax.random.fold_in(key, salt))(keys)
+
+
+def numbered(keys, number):
+    """Random keys [B] and a number, which may be traced -> keys [B] of their own."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def dropout(x, rate: float, keys, name: str):
+    """Zeroes each value of x [B,...] with probability `rate` and scales the rest.
+
+    keys [B]: of each row, so that what is drawn depends neither on the other rows nor on who holds them. No keys
+    (evaluation) or rate 0: x itself.
+    """
+    if keys is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(named(keys, name))
     return jnp.where(keep, x / (1 - rate), 0)

@@ -44,8 +44,9 @@ class TextEmbed(nn.Module):
         x = self.embed(tokens)
         return x if self.config.embed_scale == 1 else x * self.config.embed_scale
 
-    def attend(self, x):
-        return self.embed.attend(x)
+    def table(self):
+        """-> the table of tokens [V,D]."""
+        return self.embed.table
 
 
 class TextTower(nn.Module):

@@ -69,6 +69,11 @@ def read(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in lines if _step(line) < sys.maxsize]
 
 
+def evaluated(workdir: Path, step: int) -> bool:
+    """Is there an evaluation of this step?"""
+    return any(line["step"] == step and any("/" in name for name in line) for line in read(workdir))
+
+
 class Progress:
     """A bar with loss, tokens/s and time left; where the output is no terminal, lines instead."""
 

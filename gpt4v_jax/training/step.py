@@ -1,6 +1,7 @@
 """The state and the train and eval steps as pure functions: what train runs and what a plan would compile."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -11,7 +12,7 @@ import optax
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.model.gpt4v import GPT4V
-from gpt4v_jax.training import objectives
+from gpt4v_jax.training import objectives, optim
 
 
 @flax.struct.dataclass
@@ -58,38 +59,107 @@ def init_state(model: GPT4V, tx, seed: int, mesh: jax.sharding.Mesh, keep_ema: b
     return jax.jit(init, out_shardings=state_sharding(jax.eval_shape(init), mesh))()
 
 
-def state_sharding(state, mesh: jax.sharding.Mesh):
-    return sharding.params_sharding(state, mesh)
+def state_sharding(state: State, mesh: jax.sharding.Mesh):
+    """Where every leaf of a state lies: what has the path and the shape of a parameter lies where the parameter lies,
+    what has only its path (Adafactor's sums over rows and columns) is small and replicated."""
+    shapes = {sharding.path_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(state.params)}
+
+    def one(path, x):
+        name = sharding.path_name(path)
+        ends = [name.split("/", i)[-1] for i in range(name.count("/") + 1)]
+        parameter = next((end for end in ends if end in shapes), None)
+        return sharding.param_sharding(name, x.shape if x.shape == shapes.get(parameter, x.shape) else (), mesh)
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
-def forward(model: GPT4V, params, batch: batch_lib.Batch, key=None):
-    """-> logits [B,T,V] float32."""
-    hidden, _, _ = model.apply({"params": params}, batch, key=key)
+def forward(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
+    """-> logits [B,T,V] float32, whole. keys [B]: of the rows, for dropout."""
+    hidden, _, _ = model.apply({"params": params}, batch, keys=keys)
     return model.apply({"params": params}, hidden, method="logits")
+
+
+# ---- the train step
+
+
+def cast(params, dtype: str):
+    """What matrix products read, in `dtype`; norms, biases and other vectors stay as they are."""
+
+    def one(path, x):
+        return x.astype(dtype) if sharding.path_name(path).endswith(("kernel", "table")) else x
+
+    return params if dtype == "float32" else jax.tree_util.tree_map_with_path(one, params)
+
+
+def token_scores(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
+    """-> (-log p(target) [B,T] float32, is the target the argmax [B,T] bool), computed as model.compute says."""
+    variables = {"params": cast(params, model.compute.dtype)}
+    hidden, _, _ = model.apply(variables, batch, keys=keys)
+    x, head = model.apply(variables, hidden, method="before_head")
+    return objectives.scores(x, head, batch.target, model.compute.vocab_chunks)
+
+
+def row_keys(seed: int, step, rows: int):
+    """-> keys [B]: all random numbers of a row come from (seed, step, number of the row in the batch) and a name."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
+    """-> ({name: sum / weight}, trained tokens, the gradient of "loss"), over compute.accumulate micro-batches.
+
+    Each micro-batch's sum is divided by the weight of the whole batch, so that the gradients just add up.
+    """
+    micro = model.compute.accumulate
+    weight = batch.weight.sum()
+
+    def loss_fn(params, batch, keys):
+        sums = objectives.next_token(*token_scores(model, params, batch, keys), batch)
+        values = {name: total / weight for name, (total, _) in sums.items()}
+        return values["loss"], values
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if micro == 1:
+        grads, values = grad_fn(params, batch, keys)
+        return values, weight, grads
+
+    def split(x):  # every micro-th row: the rows of a device stay on it
+        x = jnp.swapaxes(x.reshape(x.shape[0] // micro, micro, *x.shape[1:]), 0, 1)
+        return sharding.shard(x, None, "batch")
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+
+    shapes = jax.eval_shape(grad_fn, params, batch, keys)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, values), _ = jax.lax.scan(add, start, jax.tree.map(split, (batch, keys)))
+    return values, weight, grads
 
 
 def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.Config):
     """-> train_step(state, batch) -> (state, metrics: scalars)."""
+    schedule = optim.schedule(run.optim, run.steps)
 
     def train_step(state: State, batch: batch_lib.Batch):
-        key = None
-        if run.model.backbone.dropout:  # from (seed, step): a resumed run draws what the unbroken one draws
-            key = jax.random.fold_in(jax.random.key(run.seed), state.step)
-
-        def loss_fn(params):
-            sums = objectives.next_token(forward(model, params, batch, key), batch)
-            return sums["loss"][0] / sums["loss"][1], sums
-
-        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.backbone.dropout else None
+        values, weight, grads = gradients(model, state.params, batch, keys)
+        grad_norm = optax.tree.norm(grads)
+        lr = schedule(state.watch.seen)  # an optimizer counts the steps that it takes
+        accepted = jnp.isfinite(values["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(lr)
+        accepted &= ~spikes(values["loss"], state.watch, run.guard.spike)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
-            "loss": loss,
-            "accuracy": sums["accuracy"][0] / sums["accuracy"][1],
-            "grad_norm": optax.global_norm(grads),
-            "trained_tokens": sums["loss"][1],
-        }
-        return State(state.step + 1, params, opt_state), metrics
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda old, new: run.optim.ema * old + (1 - run.optim.ema) * new, ema, params)
+        after, before = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, before)
+        watch = watched(state.watch, values["loss"], accepted)
+        metrics = values | {
+            "grad_norm": grad_norm, "trained_tokens": weight, "learning_rate": lr, "skipped": watch.skipped,
+            "skipped_in_row": watch.in_row,
+        }  # fmt: skip
+        return State(state.step + 1, params, opt_state, watch, ema), metrics
 
     return train_step
 
@@ -106,9 +176,27 @@ def compile_train_step(model, tx, run: config.Config, state: State, mesh: jax.sh
 
 def make_eval_step(model: GPT4V):
     """-> eval_step(params, batch) -> per position (nats of the target [B,T], was the target the argmax [B,T])."""
+    return functools.partial(token_scores, model)
 
-    def eval_step(params, batch: batch_lib.Batch):
-        logits = forward(model, params, batch)
-        return objectives.token_nats(logits, batch.target), jnp.argmax(logits, axis=-1) == batch.target
 
-    return eval_step
+# ---- the guard
+
+WATCH_DECAY, WATCH_START = 0.95, 20  # of the running average of losses; accepted steps before it is trusted
+
+
+def spikes(loss, watch: Watch, factor: float):
+    """Is the loss beyond `factor` times the running average of the accepted ones? Never with factor 0."""
+    if not factor:
+        return jnp.bool_(False)
+    mean = watch.mean / (1 - WATCH_DECAY ** jnp.maximum(watch.seen, 1))
+    return (watch.seen >= WATCH_START) & (loss > factor * mean)
+
+
+def watched(watch: Watch, loss, accepted) -> Watch:
+    mean = WATCH_DECAY * watch.mean + (1 - WATCH_DECAY) * loss
+    return Watch(
+        mean=jnp.where(accepted, mean, watch.mean),
+        seen=watch.seen + accepted,
+        skipped=watch.skipped + ~accepted,
+        in_row=jnp.where(accepted, 0, watch.in_row + 1),
+    )

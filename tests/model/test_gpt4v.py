@@ -136,7 +136,7 @@ def test_variants_start_at_ln_v_and_train_every_parameter(
     batch = tiny.rows(model.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
 
     def loss(params):
-        total, weight = objectives.next_token(step_lib.forward(model, params, batch), batch)["loss"]
+        total, weight = objectives.next_token(*step_lib.token_scores(model, params, batch), batch)["loss"]
         return total / weight
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
@@ -196,7 +196,7 @@ def test_captured_queries_and_keys_give_the_attention():
 def test_dropout_draws_from_the_key_alone():
     model, params = tiny.make_model(tiny.make_config(dropout=0.5))
     batch = tiny.rows(model.layout, ("I U2 A3",))
-    forward = jax.jit(lambda key: step_lib.forward(model, params, batch, key))
-    one, again, other = (forward(jax.random.key(seed)) for seed in (0, 0, 1))
+    forward = jax.jit(lambda keys: step_lib.forward(model, params, batch, keys))
+    one, again, other = (forward(step_lib.row_keys(seed, 0, len(batch.tokens))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other) and not np.allclose(one, step_lib.forward(model, params, batch))

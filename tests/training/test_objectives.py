@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from gpt4v_jax.model.gpt4v import Head
 from gpt4v_jax.training import objectives
 from tests import tiny
 
@@ -12,9 +14,13 @@ BATCH = tiny.rows(MODEL.layout, ("I U2 A3", "U1 A2"), ("U3 A8",))
 LOGITS = np.random.default_rng(0).normal(size=(2, 24, tiny.VOCAB)).astype(np.float32) * 3
 
 
+def next_token(logits, batch):
+    return objectives.next_token(*objectives.of_logits(logits, batch.target), batch)
+
+
 def test_next_token_equals_numpy():
     weight = BATCH.weight * np.random.default_rng(1).uniform(0.5, 2, BATCH.weight.shape).astype(np.float32)
-    result = objectives.next_token(jnp.array(LOGITS), BATCH.replace(weight=weight))
+    result = next_token(jnp.array(LOGITS), BATCH.replace(weight=weight))
     p = np.exp(LOGITS) / np.exp(LOGITS).sum(-1, keepdims=True)
     nats = hits = total = 0.0
     for b, t in np.ndindex(2, 24):
@@ -30,26 +36,82 @@ def test_what_is_not_trained_does_not_count():
     untrained = BATCH.weight == 0
     other = np.where(untrained[..., None], 1e4 * LOGITS, LOGITS)
     batch = BATCH.replace(target=np.where(untrained, 7, BATCH.target))
-    expected, result = objectives.next_token(LOGITS, BATCH), objectives.next_token(other, batch)
-    padding = objectives.next_token(
+    expected, result = next_token(LOGITS, BATCH), next_token(other, batch)
+    padding = next_token(
         np.concatenate([LOGITS, 5 * LOGITS]), jax.tree.map(lambda x: np.concatenate([x, 0 * x]), BATCH)
     )
     for name in expected:
         np.testing.assert_allclose(result[name], expected[name], rtol=1e-6)
         np.testing.assert_allclose(padding[name], expected[name], rtol=1e-6)
-    grad = jax.grad(lambda logits: objectives.next_token(logits, BATCH)["loss"][0])(jnp.array(LOGITS))
+    grad = jax.grad(lambda logits: next_token(logits, BATCH)["loss"][0])(jnp.array(LOGITS))
     np.testing.assert_array_equal((np.asarray(grad) != 0).any(-1), ~untrained)
 
 
 def test_sums_of_rows_add_up():
-    whole = objectives.next_token(LOGITS, BATCH)
+    whole = next_token(LOGITS, BATCH)
     parts = [
-        objectives.next_token(LOGITS[i : i + 1], jax.tree.map(lambda x, i=i: x[i : i + 1], BATCH)) for i in range(2)
+        next_token(LOGITS[i : i + 1], jax.tree.map(lambda x, i=i: x[i : i + 1], BATCH)) for i in range(2)
     ]
     for name in whole:
         np.testing.assert_allclose(whole[name], np.add(parts[0][name], parts[1][name]), rtol=1e-5)
 
 
 def test_large_logits_do_not_overflow():
-    nats = objectives.token_nats(jnp.array([[[1e4, 0.0], [-1e4, 0.0]]]), jnp.array([[0, 0]]))
+    nats = objectives.of_logits(jnp.array([[[1e4, 0.0], [-1e4, 0.0]]]), jnp.array([[0, 0]]))[0]
     np.testing.assert_allclose(nats, [[0, 1e4]])
+
+
+# ---- the vocabulary in pieces
+
+
+def head_case(vocabulary, bias, cap, tied=False, B=2, T=3, D=8):
+    rng = np.random.default_rng(vocabulary)
+    draw = lambda *shape: jnp.array(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    kernel = 2 * (draw(vocabulary, D) if tied else draw(D, vocabulary))
+    head = Head(kernel, draw(vocabulary) if bias else None, cap, tied)
+    return draw(B, T, D), head, jnp.array(rng.integers(0, vocabulary, (B, T)))
+
+
+@pytest.mark.parametrize("vocabulary, chunks", [(12, 3), (13, 4), (10, 6), (7, 7), (5, 9)])
+@pytest.mark.parametrize("bias, cap, tied", [(False, 0.0, True), (True, 0.0, False), (True, 2.0, True)])
+def test_pieces_of_the_vocabulary_equal_the_whole(vocabulary, chunks, bias, cap, tied):
+    """Values, and gradients of a random projection, also where the last pieces hold padding alone."""
+    x, head, target = head_case(vocabulary, bias, cap, tied)
+    direction = jnp.array(np.random.default_rng(0).normal(size=target.shape))
+
+    def value(x, head, chunks):
+        nats, hit = objectives.scores(x, head, target, chunks)
+        return (nats * direction).sum(), (nats, hit)
+
+    whole, pieces = (jax.value_and_grad(value, (0, 1), has_aux=True)(x, head, n) for n in (1, chunks))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, pieces)
+    np.testing.assert_array_equal(whole[0][1][1], pieces[0][1][1])
+
+
+def test_of_equal_logits_the_first_is_the_argmax():
+    x, head, _ = head_case(12, False, 0.0)
+    same = head.replace(kernel=jnp.tile(head.kernel[:, :1], (1, 12)))
+    for target in (0, 5):
+        targets = jnp.full(x.shape[:2], target)
+        hits = [np.asarray(objectives.scores(x, same, targets, chunks)[1]) for chunks in (1, 3)]
+        np.testing.assert_array_equal(*hits)
+        assert hits[0].all() == (target == 0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pieces_of_a_large_vocabulary_take_a_tenth_of_the_memory(tied):
+    """Of what XLA reserves for the loss and its gradients beyond their arguments and results."""
+    V, D, B, T = 128 * 1024, 64, 2, 256
+    kernel = (V, D) if tied else (D, V)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, D), kernel)]
+    target = jax.ShapeDtypeStruct((B, T), jnp.int32)
+
+    def memory(chunks):
+        def loss(x, kernel, target):
+            return objectives.scores(x, Head(kernel, None, 0.0, tied), target, chunks)[0].sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, target).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, pieces = memory(1), memory(32)
+    assert whole >= 4 * B * T * V and whole >= 10 * pieces, (whole, pieces)
