@@ -31,12 +31,13 @@ define install
  else $(PY) -m pip install -q -r $(2); fi
 endef
 
-.PHONY: help quickstart test lint bench parity lock clean
+.PHONY: help quickstart test lint soak bench parity lock clean
 
 help:
 	@echo "make quickstart   train a small model on the CPU, evaluate it, ask it a question, write a report; run again to resume"
 	@echo "make test         lint, then all tests            (make test ARGS='-k packing')"
 	@echo "make lint         ruff"
+	@echo "make soak         every test of exactness, the slow ones, too: docs/results/exactness.md; run again to go on"
 	@echo "make bench        training speed beside PyTorch   (Python 3.11 only)"
 	@echo "make parity       our layers beside Hugging Face's: docs/results/parity.md   (Python 3.11 only)"
 	@echo "make lock         write requirements/ anew from setup.py   (make lock ARGS=--upgrade takes newer versions)"
@@ -56,6 +57,14 @@ test: lint
 
 lint: $(TEST)
 	$(PY) -m ruff check .
+
+# What a test has shown stands in SHOWN, and is not run again: `rm $(SHOWN)` starts anew.
+SHOWN := runs/exactness.jsonl
+soak: $(TEST)
+	@mkdir -p $(dir $(SHOWN))
+	SHOWN=$(SHOWN) $(PY) -m pytest --soak -v $(ARGS) tests/test_exactness.py tests/test_devices.py tests/test_processes.py \
+	  tests/training/test_step.py tests/training/test_objectives.py tests/training/test_checkpoint.py
+	$(PY) -m benchmarks.exactness --shown $(SHOWN) --out docs/results
 
 ifneq ($(filter 3.11.%,$(VERSION)),)
 bench: $(TEST)

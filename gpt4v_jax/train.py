@@ -43,6 +43,8 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     sharding.check_batch(run.batch // micro, mesh, "batch / compute.accumulate" if micro > 1 else "batch")
     resumes = checkpoint.exists(folder)
     stream = open_stream(run, folder, resumes)
+    model = GPT4V(stream.run.model, stream.layout, run.compute)
+    tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
     workdir.create(folder)
     with lock.hold(folder):
         checkpoints = checkpoint.Checkpoints(folder, run.eval.best, run.eval.best_mode, run.keep_last, run.keep_every)
@@ -50,7 +52,7 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
             start = checkpoints.latest() if resumes else 0
             clock = goodput.Clock(folder, start, started)
             with clock.spent("compile"):
-                model, tx, state = initial_state(stream, mesh)
+                state = step_lib.init_state(model, tx, run.seed, mesh, keep_ema=run.optim.ema > 0)
             if resumes:
                 state = checkpoints.restore(state, start)
                 workdir.check_same(folder, stream.run, r"model\.")
@@ -60,7 +62,7 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
                 ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
                 state = state.replace(params=params, ema=ema)
             checkpoints.check_room(state)
-            if start < run.steps:
+            if start < run.steps and sharding.is_first():
                 workdir.describe(folder, stream.run, stream.tokenizer)
             return loop(stream, folder, mesh, model, tx, state, checkpoints, clock, lines)
         finally:
@@ -99,19 +101,12 @@ def open_stream(run: config.Config, folder: Path, resumes: bool) -> Stream:
     plan = packing.RowPlan(source.sizes, layout, run.seed)
     held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit) if run.eval.evaluators else None
     eval_lib.check(run.eval.evaluators, held_out, run.data.name)
+    sharding.barrier("config or tokenizer", config.to_json(run) + tokenizer.to_json())
     next(pipeline.batches(source, plan, layout, run.batch, 0, 1))
     return Stream(run, layout, tokenizer, source, plan, held_out)
 
 
 # ---- state
-
-
-def initial_state(stream: Stream, mesh: jax.sharding.Mesh):
-    """-> (model, optimizer, a new State)."""
-    run = stream.run
-    model = GPT4V(run.model, stream.layout, run.compute)
-    tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
-    return model, tx, step_lib.init_state(model, tx, run.seed, mesh, keep_ema=run.optim.ema > 0)
 
 
 def load_parts(run: config.Config, params, mesh: jax.sharding.Mesh):
@@ -154,7 +149,10 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
     earlier, started = minutes[-1] if minutes else 0.0, time.time()
     log, progress = metrics.Log(folder, start), metrics.Progress(run.steps, start)
     progress.line("\n".join([summary(stream, state.params, mesh, start), *lines]))
-    batches = pipeline.batches(stream.source, stream.plan, stream.layout, run.batch, start, run.steps, run.data.threads)
+    batches = pipeline.batches(
+        stream.source, stream.plan, stream.layout, run.batch, start, run.steps, run.data.threads,
+        sharding.local_rows(mesh, run.batch),
+    )  # fmt: skip
     row_tokens = run.batch * run.model.context
     results, evaluated = {}, 0  # the newest evaluation, and its step
     since, before = [], None  # device scalars since the last line, and of the step before
@@ -279,9 +277,8 @@ def _line(step: int, epoch: int, since, results: dict[str, float], evaluated: in
 
 
 def main() -> None:
-    if _DISTRIBUTED.value:
-        sharding.start_distributed()
-    train(config.from_flag(_CONFIG.value), Path(_WORKDIR.value))
+    with sharding.distributed(_DISTRIBUTED.value):
+        train(config.from_flag(_CONFIG.value), Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

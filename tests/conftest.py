@@ -1,6 +1,8 @@
 """JAX for tests: on the CPU, with compiled programs kept in .cache/jax; no network, no files from elsewhere."""
 
+import json
 import os
+import time
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
@@ -22,6 +24,51 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from gpt4v_jax import config  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="the slow tests, too: make soak")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: minutes long; run by make soak alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests only with --soak; and what has noted its values in the file SHOWN is not run again."""
+    soak = config.getoption("--soak")
+    done = {line["test"] for line in _shown()} if soak else set()
+    left = [x for x in items if (soak or not x.get_closest_marker("soak")) and x.nodeid not in done]
+    config.hook.pytest_deselected(items=[x for x in items if x not in left])
+    items[:] = left
+
+
+def _shown() -> list[dict]:
+    path = Path(os.environ.get("SHOWN", ""))
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.fixture
+def shown(request):
+    """shown(what, value, bar): a line of docs/results/exactness.md, noted when the test has passed.
+
+    Nothing without the environment's SHOWN, the file of these lines.
+    """
+    lines, started = [], time.time()
+    yield lambda what, value, bar: lines.append({"what": what, "value": value, "bar": bar})
+    if os.environ.get("SHOWN") and getattr(request.node, "passed", False):
+        with open(os.environ["SHOWN"], "a") as file:
+            for line in lines:
+                minutes = (time.time() - started) / 60
+                file.write(json.dumps({"test": request.node.nodeid, "minutes": minutes, **line}) + "\n")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.when == "call":
+        item.passed = report.passed
+    return report
 
 
 @pytest.fixture(autouse=True)

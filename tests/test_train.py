@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 from gpt4v_jax import command, config, train
-from gpt4v_jax.training import checkpoint, metrics, workdir
+from gpt4v_jax.training import checkpoint, lock, metrics, workdir
 
 ROOT = Path(__file__).parent.parent
 CONFIG = '''
@@ -39,8 +39,8 @@ def run(file: Path, folder: Path, kill_at: int = 0):
     """Trains as the config file says -> {step: the state that was saved}; `kill_at`: dies when that one is on disk."""
     states = {}
 
-    def save(checkpoints, state, values=None):
-        real(checkpoints, state, values)
+    def save(checkpoints, state):
+        real(checkpoints, state)
         states[int(state.step)] = jax.device_get(state)
         if kill_at == int(state.step):
             checkpoints.wait()
@@ -109,7 +109,8 @@ def test_resume_leaves_no_hole_in_the_metrics(runs):
 def test_the_run_on_disk(runs):
     for folder, _ in runs:
         names = {path.name for path in folder.iterdir() if not path.name.startswith("events.")}
-        assert names == {"config.json", "environment.json", "tokenizer.json", "metrics.jsonl", "checkpoints"}
+        files = {"config.json", "environment.json", "tokenizer.json", "metrics.jsonl", "goodput.json"}
+        assert names == {*files, "checkpoints"}
         assert list(folder.glob("events.*"))
         assert config.from_json((folder / "config.json").read_text()).steps == 4
 
@@ -206,6 +207,14 @@ def test_a_workdir_that_is_a_file(file, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
     assert "run cannot be written" in ran(capsys, f"--config={file()}", f"--workdir={tmp_path / 'run'}")
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_workdir_that_another_trainer_uses(runs, file, capsys):
+    (folder, _), _ = runs
+    before = contents(folder / "checkpoints")
+    with lock.hold(folder):
+        error = ran(capsys, f"--config={file()}", f"--workdir={folder}", "--config.steps=9")
+    assert f"is in use by pid {os.getpid()} on" in error and contents(folder / "checkpoints") == before
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from gpt4v_jax import sharding
 from gpt4v_jax.training import workdir as workdir_lib
 
 KINDS = ("setup", "compile", "input", "step", "checkpoint", "evaluation")
@@ -48,6 +49,8 @@ class Clock:
 
     def write(self, step: int) -> None:
         """Notes what this process did up to `step`, beside the processes of this run before it."""
+        if not sharding.is_first():
+            return
         self._turn(self._kind)
         here = {"start": self._start, "step": step, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
         workdir_lib.write(self._path, json.dumps([*self._earlier, here], indent=1))

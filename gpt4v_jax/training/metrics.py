@@ -11,23 +11,31 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from gpt4v_jax import sharding
 from gpt4v_jax.training import workdir as workdir_lib
 
 
 class Log:
-    """Appends to <workdir>/metrics.jsonl and TensorBoard's event file; a resumed run drops what it will do again."""
+    """Appends to <workdir>/metrics.jsonl and TensorBoard's event file; a resumed run drops what it will do again.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, workdir: Path, start: int):
+        self._waiting, self._file = None, None
+        if not sharding.is_first():
+            return
         self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
             workdir_lib.write(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
-        self._waiting = None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes now: for numbers that are on the host already."""
+        if self._file is None:
+            return
         values = {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -51,8 +59,9 @@ class Log:
 
     def close(self) -> None:
         self.flush()
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 def _step(line: str) -> int:
@@ -78,7 +87,7 @@ class Progress:
     """A bar with loss, tokens/s and time left; where the output is no terminal, lines instead."""
 
     def __init__(self, total: int, done: int):
-        self.console = rich.console.Console(highlight=False, soft_wrap=True)
+        self.console = rich.console.Console(highlight=False, soft_wrap=True, quiet=not sharding.is_first())
         self._bar = rich.progress.Progress(
             "step", rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(), "{task.fields[loss]}",
             "{task.fields[rate]}", rich.progress.TimeElapsedColumn(), "left", rich.progress.TimeRemainingColumn(),

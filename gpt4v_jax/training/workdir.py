@@ -23,7 +23,10 @@ from gpt4v_jax.training import checkpoint
 from gpt4v_jax.training import step as step_lib
 
 # What may differ when a run goes on. Not what is best: checkpoints that are there were kept by it.
-MAY_CHANGE = r"steps|log_every|save_every|mesh\..*|eval\.(every|batch|limit|evaluators)|data\.(dir|cache|threads)"
+MAY_CHANGE = (
+    r"steps|log_every|save_every|keep_last|keep_every|mesh\..*|compute\.(remat|scan|accumulate|vocab_chunks)|guard\..*"
+    r"|init_from\..*|eval\.(every|batch|limit|evaluators)|data\.(dir|cache|threads)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""The page of `make soak`: python -m benchmarks.exactness --shown runs/exactness.jsonl --out docs/results
+
+Tests note what they have shown in the file --shown (tests/conftest.py); this makes tables of it.
+"""
+
+import json
+import platform
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from gpt4v_jax import command, config
+from gpt4v_jax.training import workdir
+
+_SHOWN = flags.DEFINE_string("shown", "runs/exactness.jsonl", "the file that the tests wrote")
+_OUT = flags.DEFINE_string("out", "docs/results", "the folder of the page")
+TITLES = {  # file of the tests -> title of its table, in order
+    "test_exactness": "Stopped, killed, damaged",
+    "test_devices": "Eight forced devices, and one",
+    "test_processes": "Several processes",
+    "test_step": "The same step by other routes",
+    "test_objectives": "The loss in pieces of the vocabulary",
+    "test_checkpoint": "Checkpoints",
+}
+PAGE = """# Exactness
+
+Made by `make soak`, which ran {tests} tests in {minutes:.0f} minutes at commit {commit}; Python {python}, jax {jax}, {cores}
+CPU cores, shared. Every row is what a test has measured and compared with its bar; a test that fails leaves no row.
+"""
+
+
+def page(lines: list[dict]) -> str:
+    """The lines that tests noted -> Markdown."""
+    times = {line["test"]: line["minutes"] for line in lines}
+    here = workdir.environment()
+    text = [PAGE.format(tests=len(times), minutes=sum(times.values()), commit=here["commit"], cores=here["cores"],
+                        python=platform.python_version(), jax=jax.__version__)]  # fmt: skip
+    for file, title in TITLES.items():
+        rows = [line for line in lines if f"/{file}.py::" in line["test"]]
+        if rows:
+            text.append(f"## {title}\n\n| what | measured | bar | minutes |\n|---|---|---|---|")
+            text += [f"| {row['what']} | {row['value']} | {row['bar']} | {row['minutes']:.1f} |" for row in rows]
+            text.append("")
+    return "\n".join(text)
+
+
+def main() -> None:
+    path = Path(_SHOWN.value)
+    if not path.is_file():
+        raise config.InputError(f"--shown={path} is not there: make soak writes it")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    workdir.write(Path(_OUT.value) / "exactness.md", page(lines))
+    print(f"{len(lines)} rows: {_OUT.value}/exactness.md")
+
+
+if __name__ == "__main__":
+    command.run(main)

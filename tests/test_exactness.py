@@ -1,0 +1,238 @@
+"""Whole runs in processes of their own: stopped, killed, damaged, and exact to the bit all the same.
+
+They are runs of configs/tiny.py: shuffled pictures and text, dropout, a schedule. make soak runs the slow ones.
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gpt4v_jax.training import metrics, steps, stop
+from gpt4v_jax.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+VARIANTS = {  # what resumes to the bit; the first in make test
+    "AdamW, accumulated, averaged": ["--config.compute.accumulate=2", "--config.optim.ema=0.9"],
+    "AdamW": [],
+    "AdamW, prefix_lm": ["--config=configs/tiny.py:fusion=prefix_lm"],
+    "Adafactor, WSD": ["--config.optim.name=adafactor", "--config.optim.schedule=wsd"],
+    "Lion, rsqrt": ["--config.optim.name=lion", "--config.optim.schedule=rsqrt", "--config.optim.lr=1e-4"],
+    "SGD, moments in bfloat16": ["--config.optim.name=sgd", "--config.optim.state_dtype=bfloat16"],
+    "Muon, linear": ["--config.optim.name=muon", "--config.optim.schedule=linear"],
+    "bfloat16, loop, remat": ["--config.compute.dtype=bfloat16", "--config.compute.scan=1",
+                              "--config.compute.remat=full"],
+    "vocabulary in pieces, offload": ["--config.compute.vocab_chunks=3", "--config.compute.remat=offload"],
+    "frozen parts, learning rates": ["--config.optim.frozen=^image/", "--config.optim.lr_factors=('^text/=0.1',)"],
+    "four reading threads": ["--config.data.threads=4"],
+}  # fmt: skip
+
+
+class Run:
+    """A run of configs/tiny.py in `folder`, by the real command in processes of its own."""
+
+    def __init__(self, folder: Path, cache: str, *args: str):
+        self.folder, self._cache, self._args = folder, cache, args
+
+    def start(self, *args: str, **options) -> subprocess.Popen:
+        command = [
+            sys.executable, "-m", "gpt4v_jax.train", "--config=configs/tiny.py", f"--workdir={self.folder}",
+            f"--config.data.cache={self._cache}", "--config.save_every=10", "--config.eval.every=1000",
+            "--config.eval.best=", "--config.eval.evaluators=()", *self._args, *args,
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, **options)  # fmt: skip
+
+    def go(self, *args: str, status: int = 0, **options) -> str:
+        """Runs the command to its end -> what it said."""
+        with self.start(*args, **options) as process:
+            said = process.communicate(timeout=600)[0]
+        assert process.returncode == status, said
+        return said
+
+    def copy(self, folder: Path) -> "Run":
+        shutil.copytree(self.folder, folder)
+        return Run(folder, self._cache, *self._args)
+
+    def losses(self) -> dict[int, float]:
+        return {line["step"]: line["loss"] for line in metrics.read(self.folder) if "loss" in line}
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def state(self, step: int) -> dict[str, np.ndarray]:
+        """-> {path: value} of all that the checkpoint holds."""
+        found = {"step": np.asarray(steps.manifest(self.checkpoints, step)["step"])}
+        for item in sorted(path for path in (self.checkpoints / str(step)).iterdir() if path.is_dir()):
+            tree = ocp.PyTreeCheckpointer().restore(item)
+            for path, x in ocp.tree.to_flat_dict(tree, sep="/").items():
+                found[f"{item.name}/{path}"] = np.asarray(x)
+        return found
+
+
+def read_until(process: subprocess.Popen, pattern: str) -> str:
+    """Reads what a process says up to the line that matches -> all that it said."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if re.search(pattern, line):
+            return "".join(said)
+    raise AssertionError("".join(said))
+
+
+def differing_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> int:
+    assert a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape for k in a)
+    pairs = [(np.frombuffer(a[k].tobytes(), np.uint8), np.frombuffer(b[k].tobytes(), np.uint8)) for k in a]
+    return int(sum((x != y).sum() for x, y in pairs))
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits_world, tmp_path_factory):
+    """-> unbroken(*args): the run of 20 steps with these arguments, done once."""
+    done = {}
+
+    def get(*args: str) -> Run:
+        if args not in done:
+            done[args] = Run(tmp_path_factory.mktemp("unbroken") / "run", digits_world.cache, *args)
+            done[args].go()
+        return done[args]
+
+    return get
+
+
+def variants():
+    first, *others = VARIANTS
+    return [first, *(pytest.param(name, marks=pytest.mark.soak) for name in others)]
+
+
+@pytest.mark.parametrize("name", variants())
+def test_ten_and_ten_steps_are_twenty(name, unbroken, tmp_path, shown):
+    """The second ten by a new process: parameters, optimizer, guard, moving average, data position; every loss."""
+    whole = unbroken(*VARIANTS[name])
+    parts = whole.copy(tmp_path / "run")
+    shutil.rmtree(parts.checkpoints / "20")  # the first process died behind step 10
+    assert "resumed after 10" in parts.go()
+    a, b = whole.state(20), parts.state(20)
+    assert differing_bytes(a, whole.state(10)) > 100, "the second ten steps move what the first have left"
+    different = differing_bytes(a, b)
+    assert different == 0 and whole.losses() == parts.losses() and len(whole.losses()) == 20
+    total = sum(x.nbytes for x in a.values())
+    shown(f"20 steps = 10 + 10 in a new process: {name}", f"{different} of {total:,} bytes differ", "0")
+
+
+def test_sigterm_twice(unbroken, digits_world, tmp_path, shown):
+    """The step in flight is saved, the exit status says so, and the same command goes on to the same numbers."""
+    whole = unbroken()
+    run = Run(tmp_path / "run", digits_world.cache)
+    with run.start("--config.save_every=1000") as process:
+        read_until(process, r"^step 3/")
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+        seconds = time.monotonic() - asked
+    assert process.returncode == stop.PREEMPTED, said
+    (step,) = steps.finished(run.checkpoints)
+    assert 3 <= step < 20 and f"saved step {step} of 20" in said and "Traceback" not in said
+    assert {path.name for path in run.checkpoints.iterdir()} == {str(step)}, "no torn checkpoint, no leftovers"
+    assert f"resumed after {step}" in run.go()
+    assert run.losses() == whole.losses() and differing_bytes(run.state(20), whole.state(20)) == 0
+    assert not (run.folder / "lock").exists()
+    shown("SIGTERM twice: seconds until it has saved and left", f"{seconds:.1f}", "10")
+    shown("... torn checkpoints; differing losses afterwards", "0; 0", "0; 0")
+
+
+@pytest.mark.soak
+def test_kill_at_eight_moments(digits_world, tmp_path, shown):
+    """kill -9 while steps run and checkpoints are written: every later loss is that of the unbroken run."""
+    args = ("--config.steps=60", "--config.save_every=1")
+    whole, run = (Run(tmp_path / name, digits_world.cache, *args) for name in ("whole", "run"))
+    whole.go()
+    expected, rng, torn, resumed = whole.losses(), random.Random(0), 0, 0
+    for _ in range(8):
+        with run.start() as process:
+            said = read_until(process, r"first step done")
+            for _ in range(rng.randrange(5)):
+                read_until(process, r"^step ")
+            process.kill()
+        there = steps.named(run.checkpoints)
+        torn += sum(bool(steps.damage(run.checkpoints, step)) for step in there)
+        resumed += not there or said.count("resumed after") == (resumed > 0)
+        assert run.losses().items() <= expected.items()
+    said = run.go()
+    assert "resumed after" in said and resumed == 8 and run.losses() == expected
+    assert differing_bytes(run.state(60), whole.state(60)) == 0
+    shown("kill -9 at 8 moments: resumed; torn checkpoints; differing losses", f"{resumed}/8; {torn}; 0", "8/8; 0; 0")
+
+
+
+
+def small_disk(folder: Path, size: int) -> bool:
+    """Mounts a disk of `size` bytes there; False where that is not permitted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.soak
+def test_a_disk_that_gets_full(unbroken, digits_world, tmp_path, shown):
+    """A real one: the step before is whole, and with room again the run ends as if nothing had been."""
+    whole, folder = unbroken(), tmp_path / "disk"
+    size = sum(path.stat().st_size for path in (whole.checkpoints / "10").rglob("*"))
+    if not small_disk(folder, int(4.5 * size) + 2_000_000):
+        pytest.skip("no disk can be mounted here")
+    try:
+        run = Run(folder / "run", digits_world.cache, "--config.save_every=2")
+        ballast = folder / "ballast"
+        with run.start() as process:
+            read_until(process, "first step done")
+            while not steps.finished(run.checkpoints):
+                read_until(process, "^step ")
+            with ballast.open("wb", buffering=0) as file:  # somebody fills the disk
+                try:
+                    while file.write(bytes(4096)):
+                        pass
+                except OSError:
+                    pass
+            said = process.communicate(timeout=60)[0]
+        assert process.returncode == 2 and "No space left on device" in said and "Traceback" not in said, said
+        line = next(line for line in said.splitlines() if line.startswith("error: "))
+        there = steps.finished(run.checkpoints)
+        assert there and not any(steps.damage(run.checkpoints, step) for step in there)
+        ballast.unlink()
+        assert f"resumed after {there[-1]}" in run.go()
+        assert run.losses() == whole.losses() and differing_bytes(run.state(20), whole.state(20)) == 0
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    shown("disk full while saving: exit status; the error", f"2; {line.replace(str(tmp_path), '...')}", "2; clear")
+    shown("... the step before restores; differing losses afterwards", f"step {there[-1]}; 0", "yes; 0")
+
+
+def test_sixteen_flipped_bits(unbroken, tmp_path, shown):
+    """In random places of the newest checkpoint of a real run: seen, the file named, the step before taken."""
+    run = unbroken().copy(tmp_path / "run")
+    newest, rng, seen = run.checkpoints / "20", random.Random(1), 0
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+    for _ in range(16):
+        path = rng.choices(files, [path.stat().st_size for path in files])[0]
+        content = path.read_bytes()
+        at, bit = rng.randrange(len(content)), rng.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        said = []
+        reader = Checkpoints(run.folder, read_only=True, say=said.append)
+        seen += reader.latest() == 10 and str(path.relative_to(newest)) in said[0]
+        path.write_bytes(content)
+    assert Checkpoints(run.folder, read_only=True).latest() == 20
+    assert seen == 16
+    shown("single bits flipped in a checkpoint's files: seen, and the step before taken", f"{seen}/16", "16/16")
