@@ -1,9 +1,8 @@
 """Rows -> batches: a grain dataset over step numbers, so that the data position is one integer, the step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
-import jax
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
@@ -18,23 +17,24 @@ def batches(
     start: int,
     stop: int,
     threads: int = 0,
+    share: Sequence[int] | None = None,
 ) -> Iterator[batch_lib.Batch]:
-    """-> this host's share of the batches of steps start, ..., stop - 1; step s holds rows s x rows and on.
+    """-> the batches of steps start, ..., stop - 1; step s holds rows s x rows and on of the stream.
 
-    What a step holds does not depend on `start`, the number of hosts or the threads. Raises InputError for a batch in
-    which no token is trained.
+    share: which of a batch's rows this process fills (sharding.local_rows), in this order; None: all. What a row holds
+    does not depend on it, nor on `start` or the threads. Raises InputError for a batch in which no token is trained.
     """
-    hosts = jax.process_count()
-    share = rows // hosts
+    share = range(rows) if share is None else share
+
+    def documents(row: int) -> list:
+        epoch, numbers = plan.locate(row)
+        return [source.document(epoch, i) for i in numbers]
 
     def make(step: int) -> batch_lib.Batch:
-        first = step * rows + jax.process_index() * share
-        filled = []
-        for row in range(first, first + share):
-            epoch, documents = plan.locate(row)
-            filled.append(packing.fill([source.document(epoch, i) for i in documents], source.picture, layout))
-        batch = packing.stack(filled)
-        if not batch.weight.any():
+        first = step * rows
+        batch = packing.stack([packing.fill(documents(first + int(k)), source.picture, layout) for k in share])
+        # Where a share trains nothing, the batch may: documents say so without their pictures.
+        if not batch.weight.any() and not any(doc.weight.any() for k in range(rows) for doc in documents(first + k)):
             raise config.InputError(f"step {step}: no token of the batch is trained; do its records have answers?")
         return batch
 
@@ -42,12 +42,18 @@ def batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)))
 
 
-def all_rows(source, layout: batch_lib.Layout, rows: int) -> Iterator[tuple[batch_lib.Batch, list[list[int]]]]:
-    """Every document once, in order: -> (batch, the documents of each of its rows); the last batch is filled up."""
+def all_rows(
+    source, layout: batch_lib.Layout, rows: int, share: Sequence[int] | None = None
+) -> Iterator[tuple[batch_lib.Batch, list[list[int]]]]:
+    """Every document once, in order: -> (batch, the documents of each of its `rows` rows); the last batch is filled up.
+
+    share: the batch holds these rows alone, in this order; None: all.
+    """
     lengths, items = source.sizes(0)
     plan = packing.plan_epoch(lengths, items, layout, seed=None, epoch=0)
     for first in range(0, len(plan), rows):
         part = plan[first : first + rows]
         part += [[]] * (rows - len(part))
-        filled = [packing.fill([source.document(0, i) for i in row], source.picture, layout) for row in part]
+        mine = part if share is None else [part[k] for k in share]
+        filled = [packing.fill([source.document(0, i) for i in row], source.picture, layout) for row in mine]
         yield packing.stack(filled), part

@@ -26,6 +26,7 @@ class Subject:
     params: Any
     source: Any
     split: str
+    check: Callable[[], None] = lambda: None  # called before every batch; may raise, to leave the work undone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +59,22 @@ def score(subject: Subject, source) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """-> (nats, trained tokens, exact) of each document of a source.
 
     `exact`: every target is the argmax given the targets before it, which holds if and only if greedy decoding gives
-    exactly these targets; so one forward pass scores greedy answers.
+    exactly these targets; so one forward pass scores greedy answers. All processes call it, and get the same.
     """
     count = len(source.sizes(0)[0])
     nats, tokens, exact = np.zeros(count), np.zeros(count), np.ones(count, bool)
-    shards = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
+    shards = sharding.ways(subject.mesh, "batch")
     rows = -(-subject.run.eval.batch // shards) * shards
-    for batch, documents in pipeline.all_rows(source, subject.layout, rows):
-        nats_BT, hit_BT = jax.device_get(subject.eval_step(subject.params, sharding.put_batch(batch, subject.mesh)))
+    share = sharding.local_rows(subject.mesh, rows)
+    for batch, documents in pipeline.all_rows(source, subject.layout, rows, share):
+        subject.check()
+        placed = sharding.put_batch(batch, subject.mesh, rows)
+        scores = subject.eval_step(subject.params, placed)
+        # Each process has filled its own rows; what they gave is known to all.
+        (nats_BT, hit_BT), document_BT, weight_BT = sharding.gather((scores, placed.document, placed.weight))
         for row, numbers in enumerate(documents):
             for k, number in enumerate(numbers, 1):
-                at = (batch.document[row] == k) & (batch.weight[row] > 0)
+                at = (document_BT[row] == k) & (weight_BT[row] > 0)
                 nats[number], tokens[number] = nats_BT[row][at].sum(), at.sum()
                 exact[number] = hit_BT[row][at].all()
     return nats, tokens, exact

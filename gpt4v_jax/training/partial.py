@@ -1,0 +1,82 @@
+"""Parameters from the checkpoint of another run: `init_from: {run: WORKDIR, run_parameters: PATTERN}` of a config."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import flax
+
+from gpt4v_jax import config
+from gpt4v_jax.training import checkpoint, leaves, workdir
+
+
+def load(params: Any, run: config.Config) -> tuple[Any, list[str]]:
+    """Initial parameters -> (the same with those of another run's best checkpoint, lines: what came from where).
+
+    Taken is what both have and what re.search finds init_from.run_parameters in ("": all of it): the moving average
+    where that run keeps one, into the dtype and sharding that are here. That run's folder is not changed. Raises
+    InputError for a folder without a whole checkpoint, a pattern that takes nothing, a parameter of another shape.
+    """
+    init, what = run.init_from, f"init_from.run={run.init_from.run}"
+    wanted = _pattern(init.run_parameters)
+    there = Path(init.run)
+    theirs = workdir.load_config(there)
+    checkpoints = checkpoint.Checkpoints(there, theirs.eval.best, theirs.eval.best_mode, read_only=True)
+    step = checkpoints.best()
+    if step is None:
+        raise config.InputError(f"{what} has no checkpoint yet; train it a little longer")
+    item, saved = checkpoints.parameters(step)
+    here = flax.traverse_util.flatten_dict(params, sep="/")
+    paths = [path for path in here if path in saved and wanted.search(path)]
+    if not paths:
+        raise config.InputError(_nothing(what, init.run_parameters, here, saved))
+    changed: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        (shape, dtype), x = saved[path], here[path]
+        if shape != x.shape or not leaves.castable(dtype, str(x.dtype)):
+            raise config.InputError(
+                f"{what}: parameter {path} is {shape} {dtype} there and {x.shape} {x.dtype} in this config: use that "
+                "run's config.model, or leave the parameter out with init_from.run_parameters, a pattern such as "
+                f"'^(?!{re.escape(path)}$)'"
+            )
+        if dtype != str(x.dtype):
+            changed.setdefault((dtype, str(x.dtype)), []).append(path)
+    target = leaves.abstract({path: here[path] for path in paths})
+    nested = flax.traverse_util.unflatten_dict(target, sep="/")
+    taken = flax.traverse_util.flatten_dict(checkpoints.read(step, item, nested, partial=True), sep="/")
+    values = sum(x.size for x in taken.values())
+    kind = "moving average of the weights" if item == "ema" else "weights"
+    lines = [
+        f"init_from.run  {there} (step {step}, {kind}): {len(taken)} parameters, {values:,} values",
+        f"  loaded: {grouped(taken)}",
+        *(f"  {leaves.converted(*change, names)}" for change, names in changed.items()),
+        f"  skipped, in the folder and not taken: {grouped(path for path in saved if path not in taken) or 'nothing'}",
+        f"  newly initialised: {grouped(path for path in here if path not in taken) or 'nothing'}",
+    ]
+    return flax.traverse_util.unflatten_dict(here | taken, sep="/"), lines
+
+
+def grouped(names) -> str:
+    """Names of parameters or tensors, all blocks of one kind as one."""
+    groups: dict[str, int] = {}
+    for name in names:
+        group = re.sub(r"([._])\d+([./])", r"\1{i}\2", name)
+        groups[group] = groups.get(group, 0) + 1
+    return ", ".join(f"{group} x {n}" if n > 1 else group for group, n in groups.items())
+
+
+def _pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise config.InputError(f"init_from.run_parameters={text!r} is no regular expression: {error}") from None
+
+
+def _nothing(what: str, pattern: str, here: dict, saved: dict) -> str:
+    both = [path for path in here if path in saved]
+    if not both:
+        return f"{what}: none of its parameters is in this model; it has, for example, {', '.join(list(saved)[:3])}"
+    return (
+        f"init_from.run_parameters={pattern!r} matches no parameter that both {what} and this model have; there are, "
+        f"for example, {', '.join(both[:3])}"
+    )

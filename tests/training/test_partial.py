@@ -1,0 +1,147 @@
+"""Parameters from another run's checkpoint: which, bit for bit, and every line that says so."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4v_jax import config, sharding
+from gpt4v_jax.training import checkpoint, partial, step, workdir
+from tests import tiny
+from tests.training.test_checkpoint import contents, noisy
+
+METRIC = "questions/accuracy"
+BASE = config.Config(model=tiny.make_config(depth=1))
+
+
+def saved(folder: Path, *states, metrics=(), evaluated=False) -> Path:
+    """A run's folder: its config and its checkpoints."""
+    run = BASE
+    if evaluated:
+        run = dataclasses.replace(run, eval=config.Eval(evaluators=("questions",), best=METRIC))
+    workdir.write(folder / "config.json", config.to_json(run))
+    checkpoints = checkpoint.Checkpoints(folder, run.eval.best, keep_last=9)
+    for i, state in enumerate(states):
+        checkpoints.save(state)
+        if evaluated:
+            checkpoints.record(int(state.step), {METRIC: metrics[i]})
+    checkpoints.close()
+    return folder
+
+
+@functools.cache
+def params_of(**changes):
+    return tiny.make_model(tiny.make_config(**{"depth": 1} | changes), seed=1)[1]
+
+
+def load(folder, pattern="", params=None):
+    run = dataclasses.replace(BASE, init_from=config.InitFrom(run=str(folder), run_parameters=pattern))
+    params = params_of() if params is None else params
+    loaded, lines = partial.load(params, run)
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    return flat(loaded), lines
+
+
+def flat(params):
+    return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def from_there(loaded, state):
+    """The paths whose values are those of the checkpoint; the others must be as they were."""
+    theirs, ours = flat(state.params if state.ema is None else state.ema), flat(params_of())
+    taken = set()
+    for path, x in loaded.items():
+        if path in theirs and np.array_equal(x, theirs[path]):
+            taken.add(path)
+        elif path in ours and ours[path].shape == x.shape:
+            np.testing.assert_array_equal(x, ours[path])
+    return taken
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_all_of_it(tmp_path, ema):
+    state = noisy(7, ema=ema)
+    folder = saved(tmp_path / "run", state)
+    before = contents(folder)
+    loaded, lines = load(folder)
+    assert from_there(loaded, state) == set(loaded) and contents(folder) == before
+    count, kind = sum(x.size for x in loaded.values()), "moving average of the weights" if ema else "weights"
+    assert lines[0] == f"init_from.run  {folder} (step 7, {kind}): {len(loaded)} parameters, {count:,} values"
+    assert lines[2:] == ["  skipped, in the folder and not taken: nothing", "  newly initialised: nothing"]
+
+
+def test_a_pattern_and_another_model(tmp_path):
+    """Two blocks and a head of its own here, one block there, and only the backbone is asked for."""
+    state = noisy(7)
+    loaded, lines = load(saved(tmp_path / "run", state), "^backbone/", params_of(depth=2, tied=False))
+    taken = from_there(loaded, state)
+    assert taken == {path for path in flat(state.params) if path.startswith("backbone/")}
+    assert "head/kernel" in loaded and any(path.startswith("backbone/block_1/") for path in loaded)
+    loaded_line, skipped, new = lines[1:]
+    assert loaded_line.startswith("  loaded: ") and "backbone/block_{i}/attention/key/kernel" in loaded_line
+    assert skipped.startswith("  skipped") and "text/embed/table" in skipped and "backbone" not in skipped
+    assert "newly initialised: " in new and "head/kernel" in new and "backbone/block_{i}/mlp/up/kernel" in new
+
+
+def test_the_best_step_is_taken(tmp_path):
+    states = [noisy(1, seed=1), noisy(2, seed=2)]
+    folder = saved(tmp_path / "run", *states, metrics=(0.9, 0.1), evaluated=True)
+    loaded, lines = load(folder)
+    assert "(step 1, weights)" in lines[0] and from_there(loaded, states[0]) == set(loaded)
+    (folder / "checkpoints/1/manifest.json").unlink()
+    loaded, lines = load(folder)
+    assert "(step 2, weights)" in lines[0] and from_there(loaded, states[1]) == set(loaded)
+    assert (folder / "checkpoints/1").exists(), "another run's folder is not ours to change"
+
+
+def test_dtype_and_place_are_ours(tmp_path):
+    state = noisy(7)
+    mesh = sharding.make_mesh(config.Mesh())
+    target = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of())
+    target = jax.device_put(target, sharding.params_sharding(target, mesh))
+    loaded, lines = load(saved(tmp_path / "run", state), "^text/", target)
+    np.testing.assert_array_equal(loaded["text/embed/table"], state.params["text"]["embed"]["table"].astype("bfloat16"))
+    assert loaded["text/embed/table"].sharding == flat(target)["text/embed/table"].sharding
+    assert lines[2] == "  text/embed/table: float32 there, converted to bfloat16"
+
+
+@pytest.mark.parametrize("pattern, changes, message", [
+    ("", {"hidden": 48}, r"backbone/block_0/mlp/down/kernel is \(32, 16\) float32 there and \(48, 16\) float32 in this "
+                         "config.*run_parameters"),
+    ("^nothing$", {}, r"run_parameters='\^nothing\$' matches no parameter that both init_from.run=.* have; there are"),
+    ("(", {}, r"run_parameters='\(' is no regular expression: missing \)"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named(tmp_path, pattern, changes, message):
+    folder = saved(tmp_path / "run", noisy(7))
+    with pytest.raises(config.InputError, match=message):
+        load(folder, pattern, params_of(**changes))
+
+
+def test_the_pattern_that_the_message_names_helps(tmp_path):
+    folder, params = saved(tmp_path / "run", noisy(7)), params_of(hidden=48)
+    with pytest.raises(config.InputError) as raised:
+        load(folder, "", params)
+    pattern = str(raised.value).rpartition("such as ")[2].strip("'")
+    with pytest.raises(config.InputError, match="parameter backbone/block_0/mlp/up/kernel is"):
+        load(folder, pattern, params)
+
+
+@pytest.mark.parametrize("made, message", [
+    ([], "holds no run: config.json is missing"), (["config.json"], "init_from.run=.*/run has no checkpoint yet"),
+])  # fmt: skip
+def test_a_folder_without_a_checkpoint(tmp_path, made, message):
+    for name in made:
+        workdir.write(tmp_path / "run" / name, config.to_json(BASE))
+    with pytest.raises(config.InputError, match=message):
+        load(tmp_path / "run")
+
+
+def test_another_model_altogether(tmp_path):
+    folder = saved(tmp_path / "run", step.State(3, {"text": {"other": jnp.zeros(3)}}, {}))
+    with pytest.raises(config.InputError, match="none of its parameters is in this model; .* for example, text/other"):
+        load(folder)
