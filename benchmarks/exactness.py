@@ -25,8 +25,9 @@ TITLES = {  # file of the tests -> title of its table, in order
 }
 PAGE = """# Exactness
 
-Made by `make soak`, which ran {tests} tests in {minutes:.0f} minutes at commit {commit}; Python {python}, jax {jax}, {cores}
-CPU cores, shared. Every row is what a test has measured and compared with its bar; a test that fails leaves no row.
+Made by `make soak`, which ran {tests} tests in {minutes:.0f} minutes at commit {commit}; Python {python}, jax {jax},
+{cores} CPU cores, shared. Every row is what a test has measured and compared with its bar; a test that fails leaves no
+row.
 """
 
 

@@ -13,7 +13,7 @@ import rich.console
 import rich.table
 from absl import flags
 
-from gpt4v_jax import command, config
+from gpt4v_jax import command, config, sharding
 from gpt4v_jax import eval as eval_lib
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common
@@ -24,6 +24,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", a
 _SPLITS = flags.DEFINE_list("split", None, "splits, comma-separated; otherwise all but train")
 _EVALUATORS = flags.DEFINE_list("evaluator", None, "evaluators, comma-separated; otherwise the config's and `counted`")
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "this is one of several processes: docs/cluster.md", allow_override=True
+)
 
 
 def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int | None = None) -> dict[str, dict]:
@@ -34,6 +37,8 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
     evaluators = evaluators or [*run.eval.evaluators, *(["counted"] if run.model.image.size else [])]
     if not evaluators:
         raise config.InputError("the run's config names no evaluator: name one by --evaluator")
+    with sharding.first_alone("data"):
+        sources.open_split(run.data, splits[0])
     eval_step = jax.jit(step_lib.make_eval_step(trained.model))
     results: dict[str, dict] = {}
     for split in splits:
@@ -46,7 +51,8 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
         for name in evaluators:
             result = results[split][name] = eval_lib.EVALUATORS[name](subject)
             text = json.dumps(dataclasses.asdict(result), default=float)
-            workdir.write(folder / "eval" / f"{split}-{name}" / f"{trained.step}.json", text)
+            if sharding.is_first():
+                workdir.write(folder / "eval" / f"{split}-{name}" / f"{trained.step}.json", text)
     return results
 
 
@@ -68,8 +74,9 @@ def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
 
 
 def main() -> None:
-    results = evaluate(Path(_WORKDIR.value), _SPLITS.value or [], _EVALUATORS.value or [], _STEP.value)
-    console = rich.console.Console(highlight=False)
+    with sharding.distributed(_DISTRIBUTED.value):
+        results = evaluate(Path(_WORKDIR.value), _SPLITS.value or [], _EVALUATORS.value or [], _STEP.value)
+    console = rich.console.Console(highlight=False, quiet=not sharding.is_first())
     for split, by_name in results.items():
         console.print(table(split, by_name))
 

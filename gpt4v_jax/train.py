@@ -29,7 +29,9 @@ from gpt4v_jax.training import step as step_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, such as configs/digits_world.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder; a run there is continued", allow_override=True)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several processes of a run: docs/cluster.md")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "this is one of several processes: docs/cluster.md", allow_override=True
+)
 
 
 def train(run: config.Config, folder: Path) -> dict[str, float]:
@@ -42,11 +44,14 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
     micro = run.compute.accumulate
     sharding.check_batch(run.batch // micro, mesh, "batch / compute.accumulate" if micro > 1 else "batch")
     resumes = checkpoint.exists(folder)
-    stream = open_stream(run, folder, resumes)
+    sharding.barrier("what is in --workdir", str(resumes))
+    stream = open_stream(run, folder, mesh, resumes)
     model = GPT4V(stream.run.model, stream.layout, run.compute)
     tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
     workdir.create(folder)
     with lock.hold(folder):
+        if checkpoint.exists(folder) != resumes:
+            raise config.InputError(f"--workdir={folder}: another trainer was at work in it just now; start again")
         checkpoints = checkpoint.Checkpoints(folder, run.eval.best, run.eval.best_mode, run.keep_last, run.keep_every)
         try:
             start = checkpoints.latest() if resumes else 0
@@ -84,11 +89,12 @@ class Stream:
     held_out: Any  # the validation split's source, or None
 
 
-def open_stream(run: config.Config, folder: Path, resumes: bool) -> Stream:
+def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resumes: bool) -> Stream:
     """What is wrong with config and data is said here, before a folder is made."""
     if resumes:
         workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared later
-    records = sources.open_split(run.data, "train")
+    with sharding.first_alone("data"):
+        records = sources.open_split(run.data, "train")
     if resumes:
         tokenizer = tokenizer_lib.load(folder / "tokenizer.json", run.data.end)
     else:
@@ -102,7 +108,7 @@ def open_stream(run: config.Config, folder: Path, resumes: bool) -> Stream:
     held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit) if run.eval.evaluators else None
     eval_lib.check(run.eval.evaluators, held_out, run.data.name)
     sharding.barrier("config or tokenizer", config.to_json(run) + tokenizer.to_json())
-    next(pipeline.batches(source, plan, layout, run.batch, 0, 1))
+    next(pipeline.batches(source, plan, layout, run.batch, 0, 1, share=sharding.local_rows(mesh, run.batch)))
     return Stream(run, layout, tokenizer, source, plan, held_out)
 
 
@@ -111,10 +117,11 @@ def open_stream(run: config.Config, folder: Path, resumes: bool) -> Stream:
 
 def load_parts(run: config.Config, params, mesh: jax.sharding.Mesh):
     """-> (the parameters with what init_from names, lines that say what came from where)."""
-    if run.init_from.run:
-        params, lines = partial.load(params, run, mesh)
-        return params, lines
-    return parts.initialise(params, run, mesh)
+    if not run.init_from.run:
+        return parts.initialise(params, run, mesh)
+    if run.init_from.backbone or run.init_from.image:
+        raise config.InputError("init_from.run stands alone: train from the folders first, or import them")
+    return partial.load(params, run)
 
 
 # ---- evaluation

@@ -96,7 +96,8 @@ def main(kind: str):
         vocab_chunks=3 if kind == "vocab_chunks" else 1,
     )  # fmt: skip
     rows = 16 if kind == "accumulate" else 8
-    block = config.Backbone(depth=2 if kind == "loop" else 1, width=32, heads=8, kv_heads=4, activation="swiglu", dropout=0.1)
+    depth = 2 if kind == "loop" else 1
+    block = config.Backbone(depth=depth, width=32, heads=8, kv_heads=4, activation="swiglu", dropout=0.1)
     encoder = config.Backbone(depth=1, width=32, heads=8) if kind == "encoder" else None
     image = config.Image(size=4, patch=2, patch_norm=True, encoder=encoder)
     fusion = config.Fusion("prefix_lm" if kind == "prefix_lm" else "concat")

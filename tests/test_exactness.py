@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from gpt4v_jax import sharding
 from gpt4v_jax.training import metrics, steps, stop
 from gpt4v_jax.training.checkpoint import Checkpoints
 
@@ -43,13 +45,13 @@ class Run:
     def __init__(self, folder: Path, cache: str, *args: str):
         self.folder, self._cache, self._args = folder, cache, args
 
-    def start(self, *args: str, **options) -> subprocess.Popen:
+    def start(self, *args: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
         command = [
             sys.executable, "-m", "gpt4v_jax.train", "--config=configs/tiny.py", f"--workdir={self.folder}",
             f"--config.data.cache={self._cache}", "--config.save_every=10", "--config.eval.every=1000",
             "--config.eval.best=", "--config.eval.evaluators=()", *self._args, *args,
         ]  # fmt: skip
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {})
         return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, **options)  # fmt: skip
 
@@ -60,12 +62,32 @@ class Run:
         assert process.returncode == status, said
         return said
 
+    def go_together(self, count: int, devices: int, *args: str) -> None:
+        """Runs the command as `count` processes with so many devices each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        running = []
+        try:
+            for number in range(count):
+                env = dict(zip(sharding.MANUAL, (address, str(count), str(number)), strict=True))
+                env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+                running.append(self.start("--distributed", *args, env=env))
+            said = [process.communicate(timeout=600)[0] for process in running]
+            assert [process.returncode for process in running] == [0] * count, said
+        finally:
+            for process in running:
+                process.kill()
+
     def copy(self, folder: Path) -> "Run":
         shutil.copytree(self.folder, folder)
         return Run(folder, self._cache, *self._args)
 
+    def logged(self, name: str) -> dict[int, float]:
+        return {line["step"]: line[name] for line in metrics.read(self.folder) if name in line}
+
     def losses(self) -> dict[int, float]:
-        return {line["step"]: line["loss"] for line in metrics.read(self.folder) if "loss" in line}
+        return self.logged("loss")
 
     @property
     def checkpoints(self) -> Path:
@@ -176,6 +198,28 @@ def test_kill_at_eight_moments(digits_world, tmp_path, shown):
     shown("kill -9 at 8 moments: resumed; torn checkpoints; differing losses", f"{resumed}/8; {torn}; 0", "8/8; 0; 0")
 
 
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mesh", [("data=8",), ("data=2", "fsdp=4"), ("data=2", "fsdp=2", "tensor=2")], ids=str)
+def test_two_processes_of_four_devices_are_one_device(mesh, unbroken, digits_world, tmp_path, shown):
+    """The whole command, 20 steps; and 10 steps of one device on 8 x 1, then 10 on two processes."""
+    whole, axes = unbroken(), [f"--config.mesh.{axis}" for axis in mesh]
+    run = Run(tmp_path / "run", digits_world.cache)
+    run.go_together(2, 4, *axes)
+    expected, found = whole.losses(), run.losses()
+    loss = max(abs(expected[step] - found[step]) for step in expected)
+    norms, theirs = whole.logged("grad_norm"), run.logged("grad_norm")
+    norm = max(abs(norms[step] - theirs[step]) / norms[step] for step in norms)
+    assert len(found) == len(expected) == 20 and loss <= 1e-5 and norm <= 1e-5
+    shown(f"2 processes x 4 devices, {', '.join(mesh)}, against one: |loss difference|; gradient norm, relative",
+          f"{loss:.1e}; {norm:.1e}", "1e-05; 1e-05")  # fmt: skip
+    parts = whole.copy(tmp_path / "parts")
+    shutil.rmtree(parts.checkpoints / "20")
+    parts.go_together(2, 4, *axes)
+    loss = max(abs(expected[step] - found) for step, found in parts.losses().items())
+    assert len(parts.losses()) == 20 and loss <= 1e-5
+    shown(f"10 steps of one device, 10 of 2 x 4, {', '.join(mesh)}: |loss difference|", f"{loss:.1e}", "1e-05")
 
 
 def small_disk(folder: Path, size: int) -> bool:

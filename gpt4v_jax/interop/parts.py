@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gpt4v_jax import config
 from gpt4v_jax.interop import families, hf, table
 from gpt4v_jax.interop.folder import Folder, local
+from gpt4v_jax.training.partial import grouped
 
 # Values of config.Model and config.Image that change what the weights of a part mean, beside the stack's own.
 _MODEL = ("causal", "position", "position_offset", "token_types", "embed_scale", "tied", "head_hidden", "head_bias",
@@ -51,9 +52,8 @@ def initialise(params: Any, run: config.Config, mesh: jax.sharding.Mesh) -> tupl
     """Initial parameters -> (the same with the parts that run.init_from names, lines that say what came from where)."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     lines, filled = [], set()
-    for part, path in dataclasses.asdict(run.init_from).items():
-        if path:
-            with_part = _backbone if part == "backbone" else _image
+    for part, with_part in (("backbone", _backbone), ("image", _image)):
+        if path := getattr(run.init_from, part):
             taken, left, notes, family = with_part(flat, run.model, path, mesh, f"init_from.{part}={path}")
             filled |= taken.keys()
             flat |= taken
@@ -61,10 +61,10 @@ def initialise(params: Any, run: config.Config, mesh: jax.sharding.Mesh) -> tupl
             lines.append(f"init_from.{part}  {path} ({family}): {len(taken)} parameters, {values:,} values")
             lines += [f"  {note}" for note in notes]
             if left:
-                lines.append(f"  left out: {_grouped(left)}")
+                lines.append(f"  left out: {grouped(left)}")
     if lines:
         new = [path for path in flat if path not in filled]
-        lines.append(f"newly initialised: {_grouped(new) or 'nothing'}")
+        lines.append(f"newly initialised: {grouped(new) or 'nothing'}")
     return flax.traverse_util.unflatten_dict(flat, sep="/"), lines
 
 
@@ -146,15 +146,6 @@ def _take(flat, folder, family, theirs, paths: dict[str, str], mesh, what: str, 
         taken[here] = jax.device_put(old.at[at].set(jnp.asarray(x[at], old.dtype)), old.sharding)
         notes.append(f"{here}: {rows:,} rows; the folder has {x.shape[axis]:,}, this model {old.shape[axis]:,}")
     return taken, left, notes, family.model_type
-
-
-def _grouped(names) -> str:
-    """Names, all blocks of one kind as one."""
-    groups: dict[str, int] = {}
-    for name in names:
-        group = re.sub(r"([._])\d+([./])", r"\1{i}\2", name)
-        groups[group] = groups.get(group, 0) + 1
-    return ", ".join(f"{group} x {n}" if n > 1 else group for group, n in groups.items())
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

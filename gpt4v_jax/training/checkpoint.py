@@ -82,15 +82,15 @@ class Checkpoints:
         """As `latest`, but the best step by the metric; the newest where none is named or none has been measured."""
 
         def choose():
-            values = self._measured()
+            values = self._measured(self._say)
             by_value = sorted(steps.named(self.folder), key=lambda step: -values.get(step, -math.inf))
             return self._first_whole(by_value)
 
         return _first_decides(choose)
 
-    def _measured(self) -> dict[int, float]:
+    def _measured(self, say: Say = lambda line: None) -> dict[int, float]:
         """-> {step: its metric, the greater the better}."""
-        return {step: self._sign * value for step, value in steps.measured(self.folder, self._metric).items()}
+        return {step: self._sign * value for step, value in steps.measured(self.folder, self._metric, say).items()}
 
     def _first_whole(self, order: list[int]) -> int | None:
         damaged, whole = {}, None

@@ -57,6 +57,11 @@ def damage(folder: Path, last: str, names: Iterable[str] | None = None) -> str:
     return next((f"{name}: {wrong}" for name, wrong in zip(names, found, strict=True) if wrong), "")
 
 
+def lists(folder: Path, name: str) -> bool:
+    """Is the file one of those with a checksum? Not where there is no list, or a damaged one."""
+    return (folder / NAME).is_file() and name in _read(folder)
+
+
 def replace(path: Path, text: str) -> None:
     """Whole or not at all, and on the disk."""
     new = path.with_name(path.name + ".new")

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt4v_jax.training import checksums
@@ -47,15 +48,19 @@ def damage(folder: Path, step: int) -> str:
     return ""
 
 
-def measured(folder: Path, metric: str) -> dict[int, float]:
-    """-> {finished step: its metric}, of those that have one which is what was written."""
+def measured(folder: Path, metric: str, say: Callable[[str], None] = lambda line: None) -> dict[int, float]:
+    """-> {finished step: its metric}, of those that have one which is what was written; of another it is said."""
     found = {}
     for step in finished(folder) if metric else ():
         path = folder / str(step)
-        if not checksums.damage(path, MANIFEST, [METRICS]):
-            value = json.loads((path / METRICS).read_text()).get(metric, math.nan)
-            if math.isfinite(value):
-                found[step] = value
+        if not checksums.lists(path, METRICS):
+            continue
+        if wrong := checksums.damage(path, MANIFEST, [METRICS]):
+            say(f"{path}/{wrong}: step {step} counts as not evaluated")
+            continue
+        value = json.loads((path / METRICS).read_text()).get(metric, math.nan)
+        if math.isfinite(value):
+            found[step] = value
     return found
 
 

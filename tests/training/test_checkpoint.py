@@ -359,7 +359,7 @@ def test_the_newest_and_the_multiples_are_kept(tmp_path, options, expected):
 @pytest.mark.parametrize("mode, best", [("max", 2), ("min", 3)])
 def test_the_best_is_kept_beside_the_newest(tmp_path, mode, best):
     checkpoints = checkpoint.Checkpoints(tmp_path, METRIC, mode, keep_last=1)
-    for step, value in [(1, 0.5), (2, 0.9), (3, 0.1), (4, 0.6), (5, np.nan), (6, None)]:
+    for step, value in [(1, np.nan), (2, 0.9), (3, 0.1), (4, 0.6), (5, np.nan), (6, None)]:
         checkpoints.save(small(step))
         if value is not None:
             checkpoints.record(step, {METRIC: value, "other": 0.0})
@@ -381,10 +381,15 @@ def test_a_step_is_recorded_twice(tmp_path):
     checkpoints.close()
 
 
-def test_a_flipped_metric_is_no_metric(copy):
-    path = copy / "checkpoints/1/metrics.json"
-    path.write_text(path.read_text().replace("0.1", "0.9"))
-    assert checkpoint.Checkpoints(copy, METRIC, read_only=True).best() == 2
+@pytest.mark.parametrize("step, best", [(1, 2), (2, 1)])
+def test_a_damaged_metric_is_no_metric(copy, step, best):
+    path, said = copy / f"checkpoints/{step}/metrics.json", []
+    path.write_text(path.read_text().replace(f"0.{step}", "-0.5"))
+    assert checkpoint.Checkpoints(copy, METRIC, read_only=True, say=said.append).best() == best
+    assert len(said) == 1 and said[0].startswith(f"{path}: its content is not what was written")
+    path.unlink()
+    assert checkpoint.Checkpoints(copy, METRIC, read_only=True, say=said.append).best() == best
+    assert said[1:] == [f"{path}: is missing: step {step} counts as not evaluated"]
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
