@@ -5,7 +5,6 @@ what pools it. What both configs say of a part must be the same, or the weights 
 """
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
