@@ -93,6 +93,8 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     """What is wrong with config and data is said here, before a folder is made."""
     if resumes:
         workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared later
+    if run.init_from.run and not resumes:
+        workdir.load_config(Path(run.init_from.run))
     with sharding.first_alone("data"):
         records = sources.open_split(run.data, "train")
     if resumes:

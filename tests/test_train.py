@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 from absl import flags
 
 from gpt4v_jax import command, config, train
-from gpt4v_jax.training import checkpoint, lock, metrics, workdir
+from gpt4v_jax import eval as eval_lib
+from gpt4v_jax.training import checkpoint, lock, metrics, steps, stop, workdir
+from gpt4v_jax.training import step as step_lib
 
 ROOT = Path(__file__).parent.parent
 CONFIG = '''
@@ -35,8 +38,11 @@ class Killed(Exception):
     pass
 
 
-def run(file: Path, folder: Path, kill_at: int = 0):
-    """Trains as the config file says -> {step: the state that was saved}; `kill_at`: dies when that one is on disk."""
+def run(file: Path, folder: Path, kill_at: int = 0, **changes):
+    """Trains as the config file says -> {step: the state that was saved}; `kill_at`: dies when that one is on disk.
+
+    changes: keys of the config, such as "optim.lr".
+    """
     states = {}
 
     def save(checkpoints, state):
@@ -52,7 +58,9 @@ def run(file: Path, folder: Path, kill_at: int = 0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", save)
         try:
-            train.train(config.from_flag(namespace["get_config"]()), folder)
+            values = namespace["get_config"]()
+            values.update_from_flattened_dict(changes)
+            train.train(config.from_flag(values), folder)
         except Killed:
             assert kill_at
     return states
@@ -150,6 +158,14 @@ def ran(capsys, *args) -> str:
     ("--config.eval.evaluators=('question',)", ["question", "'questions'"]),
     ("--config.model.fusion.kind=concta", ["concta", "'concat'"]),
     ("--config.mesh.data=3", ["1 devices", "mesh"]),
+    ("--config.mesh.dta=1", ["mesh", "dta", "data"]),
+    ("--config.mesh.across=tensr", ["across='tensr'", "'tensor'"]),
+    ("--config.compute.accumulate=3", ["batch=4 is not a multiple of compute.accumulate=3"]),
+    ("--config.compute.remat=ful", ["remat='ful'", "'full'"]),
+    ("--config.optim.lr=inf", ["lr=inf must be 0 or more, and finite"]),
+    ("--config.optim.lr_factors=('^txt/=0.1',)", ["'^txt/' matches no parameter"]),
+    ("--config.optim.frozen=.", ["frozen"]),
+    ("--config.init_from.run=runs/absent", ["runs/absent holds no run"]),
     ("--config.model.image.size=0", ["image.size"]),
     ("--config.model.context=16", ["positions", "model.context=16"]),
     ("--config.model.vocab=50", ["token id", "vocabulary of 50"]),
@@ -215,6 +231,57 @@ def test_a_workdir_that_another_trainer_uses(runs, file, capsys):
     with lock.hold(folder):
         error = ran(capsys, f"--config={file()}", f"--workdir={folder}", "--config.steps=9")
     assert f"is in use by pid {os.getpid()} on" in error and contents(folder / "checkpoints") == before
+
+
+def test_a_run_that_is_stopped_in_its_evaluation(runs, file, tmp_path):
+    """It is saved before it is evaluated; the same command evaluates it, and goes on to the same numbers."""
+    (folder, _), _ = runs
+
+    def interrupted(subject):
+        os.kill(os.getpid(), signal.SIGTERM)
+        subject.check()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(eval_lib.EVALUATORS, "questions", interrupted)
+        with pytest.raises(command.Leave, match="saved step 2 of 4") as left:
+            run(file(), tmp_path / "run")
+    assert left.value.status == stop.PREEMPTED and not metrics.evaluated(tmp_path / "run", 2)
+    run(file(), tmp_path / "run")
+    values = [
+        {(line["step"], name): value for line in metrics.read(f) for name, value in line.items() if "/" in name}
+        for f in (folder, tmp_path / "run")
+    ]
+    assert values[0] == values[1] and {step for step, _ in values[0]} == {2, 4}
+    assert {step: m for step, m in steps.measured(tmp_path / "run/checkpoints", "questions/loss").items()} == {
+        step: values[0][step, "questions/loss"] for step in (2, 4)
+    }
+
+
+def test_the_guard_stops_a_run(file, tmp_path):
+    """Every loss of these pictures is not a number: the run stops when it has skipped so many steps, and says which."""
+    def spoilt(model, params, batch, keys=None):
+        nats, hit = real(model, params, batch, keys)
+        return nats * np.nan, hit
+
+    real = step_lib.token_scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_lib, "token_scores", spoilt)
+        with pytest.raises(command.Leave, match="3 steps up to step 3 were skipped in a row") as left:
+            run(file(), tmp_path / "run", **{"guard.limit": 3, "save_every": 4, "eval.every": 4})
+    assert left.value.status == stop.STOPPED and not checkpoint.exists(tmp_path / "run")
+    assert [line["skipped"] for line in metrics.read(tmp_path / "run") if "skipped" in line][-1] >= 2
+
+
+def test_parameters_from_another_run(runs, file, tmp_path, capsys):
+    (folder, states), _ = runs
+    more = {"init_from.run": str(folder), "init_from.run_parameters": "^text/", "optim.lr": 0.0}
+    new = run(file(), tmp_path / "run", **more)
+    said = capsys.readouterr().out
+    assert "init_from.run" in said and "loaded: text/embed/table" in said and "newly initialised: backbone" in said
+    best = checkpoint.Checkpoints(folder, "questions/accuracy", read_only=True).best()
+    for here, there in ((new[4].params, states[best].params),):
+        np.testing.assert_array_equal(here["text"]["embed"]["table"], there["text"]["embed"]["table"])
+        assert (here["backbone"]["norm"]["scale"] != there["backbone"]["norm"]["scale"]).any()
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
