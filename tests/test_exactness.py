@@ -23,7 +23,7 @@ from gpt4v_jax.training import metrics, steps, stop
 from gpt4v_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
-VARIANTS = {  # what resumes to the bit; the first in make test
+VARIANTS = {  # what resumes to the bit
     "AdamW, accumulated, averaged": ["--config.compute.accumulate=2", "--config.optim.ema=0.9"],
     "AdamW": [],
     "AdamW, prefix_lm": ["--config=configs/tiny.py:fusion=prefix_lm"],
@@ -133,12 +133,8 @@ def unbroken(digits_world, tmp_path_factory):
     return get
 
 
-def variants():
-    first, *others = VARIANTS
-    return [first, *(pytest.param(name, marks=pytest.mark.soak) for name in others)]
-
-
-@pytest.mark.parametrize("name", variants())
+@pytest.mark.soak
+@pytest.mark.parametrize("name", VARIANTS)
 def test_ten_and_ten_steps_are_twenty(name, unbroken, tmp_path, shown):
     """The second ten by a new process: parameters, optimizer, guard, moving average, data position; every loss."""
     whole = unbroken(*VARIANTS[name])

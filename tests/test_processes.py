@@ -149,7 +149,7 @@ def alone():
     return train(sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["two", pytest.param("four", marks=pytest.mark.soak)])
 def test_several_processes_are_one_run(name, alone):
     count, devices, meshes = RUNS[name]
     with started(name, count, devices) as running:

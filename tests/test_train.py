@@ -158,7 +158,7 @@ def ran(capsys, *args) -> str:
     ("--config.eval.evaluators=('question',)", ["question", "'questions'"]),
     ("--config.model.fusion.kind=concta", ["concta", "'concat'"]),
     ("--config.mesh.data=3", ["1 devices", "mesh"]),
-    ("--config.mesh.dta=1", ["mesh", "dta", "data"]),
+    ("--config.mesh.dta=1", ["unknown config key dta", "data"]),
     ("--config.mesh.across=tensr", ["across='tensr'", "'tensor'"]),
     ("--config.compute.accumulate=3", ["batch=4 is not a multiple of compute.accumulate=3"]),
     ("--config.compute.remat=ful", ["remat='ful'", "'full'"]),

@@ -75,7 +75,8 @@ class Table(nn.Module):
         self.table = self.param("table", nn.initializers.normal(self.std), (self.rows, self.width))
 
     def __call__(self, ids):
-        return jnp.take(self.table, ids, axis=0)
+        # Gathered whole first: from a table that lies in parts XLA would move every row's vectors to every device.
+        return jnp.take(shard(self.table), ids, axis=0)
 
 
 class Vector(nn.Module):

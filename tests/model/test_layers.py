@@ -97,15 +97,15 @@ def test_table():
     layer = layers.Table(3, 4)
     x, params = made(layer, ids)
     np.testing.assert_array_equal(x, params["table"][ids])
-    logits = layer.apply({"params": params}, x, method="attend")
-    np.testing.assert_allclose(logits, np.asarray(x) @ params["table"].T, atol=1e-5)
 
 
 def test_dropout():
-    x, key = jnp.ones((200, 200)), jax.random.key(0)
-    y = layers.dropout(x, 0.25, key)
+    x, keys = jnp.ones((200, 200)), jax.random.split(jax.random.key(0), 200)
+    y = layers.dropout(x, 0.25, keys, "name")
     np.testing.assert_allclose(np.unique(y), [0, 4 / 3], rtol=1e-6)
     assert abs(float((y == 0).mean()) - 0.25) < 0.01  # 4.6 standard deviations
-    np.testing.assert_array_equal(y, layers.dropout(x, 0.25, key))
-    assert (y != layers.dropout(x, 0.25, jax.random.key(1))).any()
-    assert layers.dropout(x, 0.25, None) is x and layers.dropout(x, 0.0, key) is x
+    np.testing.assert_array_equal(y, layers.dropout(x, 0.25, keys, "name"))
+    others = jax.random.split(jax.random.key(1), 200)
+    for other in (layers.dropout(x, 0.25, others, "name"), layers.dropout(x, 0.25, keys, "another")):
+        assert 0.3 < float((y != other).mean()) < 0.45  # 2 x 0.25 x 0.75: they have nothing in common
+    assert layers.dropout(x, 0.25, None, "name") is x and layers.dropout(x, 0.0, keys, "name") is x
