@@ -25,7 +25,7 @@ TITLES = {  # file of the tests -> title of its table, in order
 }
 PAGE = """# Exactness
 
-Made by `make soak`, which ran {tests} tests in {minutes:.0f} minutes at commit {commit}; Python {python}, jax {jax},
+Made by `make soak`, which ran {tests} tests in {minutes:.0f} minutes, commit {commits}; Python {python}, jax {jax},
 {cores} CPU cores, shared. Every row is what a test has measured and compared with its bar; a test that fails leaves no
 row.
 """
@@ -34,9 +34,11 @@ row.
 def page(lines: list[dict]) -> str:
     """The lines that tests noted -> Markdown."""
     times = {line["test"]: line["minutes"] for line in lines}
-    here = workdir.environment()
-    text = [PAGE.format(tests=len(times), minutes=sum(times.values()), commit=here["commit"], cores=here["cores"],
-                        python=platform.python_version(), jax=jax.__version__)]  # fmt: skip
+    commits = sorted({line["commit"] for line in lines})
+    text = [PAGE.format(
+        tests=len(times), minutes=sum(times.values()), commits=" and ".join(commits), jax=jax.__version__,
+        cores=workdir.environment()["cores"], python=platform.python_version(),
+    )]  # fmt: skip
     for file, title in TITLES.items():
         rows = [line for line in lines if f"/{file}.py::" in line["test"]]
         if rows:

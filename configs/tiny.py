@@ -2,7 +2,8 @@
 
 python -m gpt4v_jax.train --config configs/tiny.py --workdir runs/tiny
 
-What tests and docs/results/exactness.md run; seconds on a CPU.
+What tests and make soak run (docs/results/exactness.md). Measured: loss 6.01 to 5.78 in 20 steps, a second of steps in
+all on 2 cores, beside half a minute of compiling.
 """
 
 from gpt4v_jax import config as config_lib

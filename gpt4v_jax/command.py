@@ -40,7 +40,9 @@ def _parse_flags(required: tuple[str, ...], arguments: tuple[str, ...]) -> list[
     except (AttributeError, KeyError) as error:  # a key that a locked ConfigDict does not have; it names the nearest
         text = str(error.args[0]).replace("\\n", " ")
         text = " ".join(text.translate(str.maketrans("", "", "\\'\"")).split())
-        raise config.InputError(f"unknown config key {text}") from error
+        key = text.split()[0]
+        given = next((a.partition("=")[0] for a in sys.argv if a.partition("=")[0].endswith(f".{key}")), "")
+        raise config.InputError(f"unknown config key {text}{given and f' in {given}'}") from error
     except (flags.Error, OSError, ValueError, TypeError) as error:
         raise config.InputError(" ".join(str(error).split())) from error
     if len(rest) > len(arguments):

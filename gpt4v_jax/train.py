@@ -37,23 +37,35 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def train(run: config.Config, folder: Path) -> dict[str, float]:
     """Runs `run` to its end in `folder` -> the metrics of the last evaluation.
 
-    Raises InputError for bad input and command.Leave where the run ends early."""
+    Raises InputError for bad input and command.Leave where the run ends early. A run that has nothing left to do
+    gives {}.
+    """
     started = time.time()
     mesh = sharding.make_mesh(run.mesh)
     jax.set_mesh(mesh)
     micro = run.compute.accumulate
     sharding.check_batch(run.batch // micro, mesh, "batch / compute.accumulate" if micro > 1 else "batch")
+    with stop.Stop(mesh) as asked:
+        try:
+            return _train(run, folder, mesh, asked, started)
+        except stop.Interrupted:
+            raise command.Leave("asked to stop before the first step: nothing is lost", stop.PREEMPTED) from None
+
+
+def _train(run: config.Config, folder: Path, mesh, asked: stop.Stop, started: float) -> dict[str, float]:
     resumes = checkpoint.exists(folder)
     sharding.barrier("what is in --workdir", str(resumes))
     stream = open_stream(run, folder, mesh, resumes)
+    asked.check()
     model = GPT4V(stream.run.model, stream.layout, run.compute)
     tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
     workdir.create(folder)
     with lock.hold(folder):
+        sharding.barrier("what is in --workdir", str(checkpoint.exists(folder)))
         if checkpoint.exists(folder) != resumes:
             raise config.InputError(f"--workdir={folder}: another trainer was at work in it just now; start again")
         checkpoints = checkpoint.Checkpoints(folder, run.eval.best, run.eval.best_mode, run.keep_last, run.keep_every)
-        try:
+        with checkpoints:
             start = checkpoints.latest() if resumes else 0
             clock = goodput.Clock(folder, start, started)
             with clock.spent("compile"):
@@ -61,17 +73,16 @@ def train(run: config.Config, folder: Path) -> dict[str, float]:
             if resumes:
                 state = checkpoints.restore(state, start)
                 workdir.check_same(folder, stream.run, r"model\.")
-                lines = []
+                lines = other_schedule(run, workdir.load_config(folder), state)
             else:
                 params, lines = load_parts(stream.run, state.params, mesh)
                 ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
                 state = state.replace(params=params, ema=ema)
             checkpoints.check_room(state)
+            asked.check()
             if start < run.steps and sharding.is_first():
                 workdir.describe(folder, stream.run, stream.tokenizer)
-            return loop(stream, folder, mesh, model, tx, state, checkpoints, clock, lines)
-        finally:
-            checkpoints.close()
+            return loop(stream, folder, mesh, model, tx, state, checkpoints, clock, asked, lines)
 
 
 # ---- data
@@ -93,8 +104,6 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     """What is wrong with config and data is said here, before a folder is made."""
     if resumes:
         workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared later
-    if run.init_from.run and not resumes:
-        workdir.load_config(Path(run.init_from.run))
     with sharding.first_alone("data"):
         records = sources.open_split(run.data, "train")
     if resumes:
@@ -110,11 +119,23 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit) if run.eval.evaluators else None
     eval_lib.check(run.eval.evaluators, held_out, run.data.name)
     sharding.barrier("config or tokenizer", config.to_json(run) + tokenizer.to_json())
+    if run.init_from.run and not resumes:
+        partial.check(run, tokenizer)
     next(pipeline.batches(source, plan, layout, run.batch, 0, 1, share=sharding.local_rows(mesh, run.batch)))
     return Stream(run, layout, tokenizer, source, plan, held_out)
 
 
 # ---- state
+
+
+def other_schedule(run: config.Config, there: config.Config, state) -> list[str]:
+    """-> a line that says so where another number of steps gives another learning rate from here on."""
+    taken = int(state.watch.seen)
+    was, now = (float(optim.schedule(run.optim, steps)(taken)) for steps in (there.steps, run.steps))
+    if was == now:
+        return []
+    changed = f"steps was {there.steps:,} and is {run.steps:,}"
+    return [f"note        {changed}: the learning rate goes on from {now:.3g}, not {was:.3g}"]
 
 
 def load_parts(run: config.Config, params, mesh: jax.sharding.Mesh):
@@ -152,7 +173,8 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
 # ---- loop
 
 
-def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, clock, lines) -> dict[str, float]:
+def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, clock, asked, lines) -> dict[str, float]:
+    """Trains from the state's step to the end, or until it is asked to stop -> the last evaluation."""
     run, start = stream.run, int(state.step)
     minutes = [line["minutes"] for line in metrics.read(folder) if "minutes" in line] if start else []
     earlier, started = minutes[-1] if minutes else 0.0, time.time()
@@ -186,14 +208,15 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
         nonlocal results, evaluated
         with clock.spent("evaluation"):
             results, evaluated = evaluate(state), step
-            log.write(step, results | {"minutes": spent()})
             checkpoints.record(step, results)
+            log.write(step, results | {"minutes": spent()})  # last: what the log has is done
 
-    with progress, stop.Stop(mesh) as asked, clock.spent("step"):
-        evaluate = make_evaluate(stream, mesh, model, asked.check)
-        step, leaving = start, False
+    step, leaving = start, False
+    evaluate = make_evaluate(stream, mesh, model, asked.check)
+    with log, progress, clock.spent("step"):
         try:
-            if start and is_due(start) and not metrics.evaluated(folder, start):  # it was stopped in it
+            done = checkpoint.first_decides(lambda: int(not start or metrics.evaluated(folder, start)))
+            if not done and run.eval.evaluators and is_due(start):  # it was stopped in it
                 evaluate_at(start)
             while step < run.steps and not leaving:
                 step += 1
@@ -213,6 +236,7 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
                     rate = row_tokens * (step - start - 1) / max(clock.busy() - first, 1e-9)
                     more = {"tokens_per_second": rate, "epoch": epoch_after(step - 1), "minutes": spent()}
                     show(log.later(step, values | more))
+                    clock.write(step)
                 progress.advance(step)
                 since.append((values["loss"], values["accuracy"]))
                 if before is not None:
@@ -221,25 +245,30 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
 
                 leaving = asked.asked()
                 due = is_due(step)
-                if due or leaving or step % run.save_every == 0:
+                saves = due or step % run.save_every == 0 or bool(run.keep_every) and step % run.keep_every == 0
+                # Not while steps are skipped: good checkpoints would make room for those of ruined parameters.
+                skipped = int(values["skipped_in_row"]) if saves else 0
+                stuck = skipped > due and step < run.steps
+                if leaving or saves and not stuck:
                     show(log.flush())  # a run that is killed after this resumes behind this step
                     with clock.spent("checkpoint"):
                         checkpoints.save(state)
                     clock.write(step)
-                if due and not leaving:
+                if due and not leaving and not stuck:
                     evaluate_at(step)
                 if due or epoch_after(step) != epoch_after(step - 1):
                     progress.line(_line(step, epoch_after(step - 1), since, results, evaluated))
                     since = []
             if before is not None:
                 guard(run, step, before)
+            with clock.spent("checkpoint"):
+                checkpoints.wait()
         except stop.Interrupted:
             leaving = True
-        with clock.spent("checkpoint"):
             checkpoints.wait()
-    log.close()
-    clock.write(step)
-    progress.line(clock.summary())
+        finally:
+            clock.write(step)
+            progress.line(clock.summary(step))
     if leaving:
         raise command.Leave(f"asked to stop: saved step {step} of {run.steps} in {folder}; the same command goes on "
                             "from there", stop.PREEMPTED)  # fmt: skip
@@ -254,8 +283,8 @@ def guard(run: config.Config, step: int, values) -> None:
         raise command.Leave(
             f"stopped by the guard: {in_row} steps up to step {step} were skipped in a row, their loss, gradient or "
             f"learning rate not finite or the loss beyond guard.spike={run.guard.spike} times its average (the last "
-            f"loss was {float(values['loss']):.6g}). Parameters are those of step {step - in_row}; the checkpoints are "
-            "as they were. Lower optim.lr, look at the data of these steps, or raise guard.limit", stop.STOPPED,
+            f"loss was {float(values['loss']):.6g}). Parameters are those of step {step - in_row}. Lower optim.lr, "
+            "look at the data of these steps, or raise guard.limit", stop.STOPPED,
         )  # fmt: skip
 
 

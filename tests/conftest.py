@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from gpt4v_jax import config  # noqa: E402
+from gpt4v_jax.training import workdir  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -60,7 +61,8 @@ def shown(request):
         with open(os.environ["SHOWN"], "a") as file:
             for line in lines:
                 minutes = (time.time() - started) / 60
-                file.write(json.dumps({"test": request.node.nodeid, "minutes": minutes, **line}) + "\n")
+                where = {"test": request.node.nodeid, "minutes": minutes, "commit": workdir.environment()["commit"]}
+                file.write(json.dumps(where | line) + "\n")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,7 +270,56 @@ def test_the_guard_stops_a_run(file, tmp_path):
         with pytest.raises(command.Leave, match="3 steps up to step 3 were skipped in a row") as left:
             run(file(), tmp_path / "run", **{"guard.limit": 3, "save_every": 4, "eval.every": 4})
     assert left.value.status == stop.STOPPED and not checkpoint.exists(tmp_path / "run")
-    assert [line["skipped"] for line in metrics.read(tmp_path / "run") if "skipped" in line][-1] >= 2
+    assert [line["skipped"] for line in metrics.read(tmp_path / "run") if "skipped" in line][-1] >= 3
+    assert (tmp_path / "run" / "goodput.json").exists()
+
+
+def test_no_checkpoint_while_step_after_step_is_skipped(runs, file, tmp_path):
+    """Parameters that are ruined would take the place of good ones."""
+    (folder, _), _ = runs
+    shutil.copytree(folder, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_lib, "make_train_step", lambda model, tx, run: spoiling(real(model, tx, run)))
+        with pytest.raises(command.Leave):
+            run(file(), tmp_path / "run", **{"steps": 20, "save_every": 1, "eval.every": 99, "guard.limit": 8})
+    assert steps.finished(tmp_path / "run" / "checkpoints")[0] == 4, "the last good one is still there"
+
+
+def spoiling(train_step):
+    """Its parameters become so large that no later loss is a number."""
+
+    def spoilt(state, batch):
+        new, values = train_step(state, batch)
+        worse = jax.tree.map(lambda x: x * jax.numpy.where(state.step == 4, 1e38, 1.0), new.params)
+        return new.replace(params=worse), values
+
+    return spoilt
+
+
+real = step_lib.make_train_step
+
+
+def test_a_signal_before_the_first_step(file, tmp_path):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made(*args)
+
+    made = train.optim.make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.optim, "make", interrupted)
+        with pytest.raises(command.Leave, match="before the first step: nothing is lost") as left:
+            run(file(), tmp_path / "run")
+    assert left.value.status == stop.PREEMPTED and not checkpoint.exists(tmp_path / "run")
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_more_steps_than_before_are_said(runs, file, tmp_path, capsys):
+    (folder, _), _ = runs
+    shutil.copytree(folder, tmp_path / "run")
+    run(file(), tmp_path / "run", steps=6)
+    said = capsys.readouterr().out
+    assert "steps was 4 and is 6: the learning rate goes on from 0.00055, not 0.0001" in said
+    assert [line["step"] for line in metrics.read(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_parameters_from_another_run(runs, file, tmp_path, capsys):

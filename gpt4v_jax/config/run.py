@@ -111,11 +111,12 @@ class Compute:
 class Guard:
     """A step whose loss, gradient or learning rate is not finite, or whose loss jumps, changes nothing, is counted."""
 
-    spike: float = 0.0  # a loss beyond so many times its running average is skipped, too; 0: none is
+    spike: float = 10.0  # a loss beyond so many times its running average is skipped, too, once 20 steps have made one;
+    # 0: none is
     limit: int = 10  # skipped steps in a row after which the run stops (1: at the first)
 
     def __post_init__(self):
-        at_least(0, spike=self.spike)
+        at_least(1 if self.spike else 0, spike=self.spike)
         at_least(1, limit=self.limit)
 
 
@@ -137,7 +138,7 @@ class Config:
     log_every: int = 50
     save_every: int = 500
     keep_last: int = 2  # newest checkpoints kept; the older ones are what a damaged one falls back to
-    keep_every: int = 0  # checkpoints at multiples of so many steps are kept for good; 0: none
+    keep_every: int = 0  # at multiples of so many steps a checkpoint is saved and kept for good; 0: none
     mesh: Mesh = Mesh()
     compute: Compute = Compute()
     model: Model = Model()

@@ -21,7 +21,7 @@ from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.interop import families, hf, llama2c, table
 from gpt4v_jax.interop import folder as folder_lib
 from gpt4v_jax.model import flops
-from gpt4v_jax.training import checkpoint, workdir
+from gpt4v_jax.training import checkpoint, lock, workdir
 from gpt4v_jax.training.step import State
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "import: the folder that the model goes to", allow_override=True)
@@ -81,12 +81,13 @@ def import_(name: str) -> None:
     end = _tokens(tokenizer, imported.theirs, "eos_token_id")
     data = config.Data(name="", start=start, end=end or config.Data().end)
     workdir.create(folder)
-    checkpoints = checkpoint.Checkpoints(folder)
-    checkpoints.save(State(0, imported.params, {}))
-    checkpoints.wait()
-    checkpoints.close()
-    (folder / "hf_config.json").write_text(json.dumps(imported.theirs, indent=2))
-    workdir.describe(folder, config.Config(model=imported.config, data=data), tokenizer)
+    with lock.hold(folder):
+        workdir.write(folder / "hf_config.json", json.dumps(imported.theirs, indent=2))
+        workdir.describe(folder, config.Config(model=imported.config, data=data), tokenizer)
+        with checkpoint.Checkpoints(folder) as checkpoints:
+            state = State(0, imported.params, {})
+            checkpoints.check_room(state)
+            checkpoints.save(state)
     counts = flops.parameters(imported.params)
     print(f"{name}: {imported.family.model_type}, {sum(counts.values()):,} parameters -> {folder}")
 

@@ -62,7 +62,7 @@ class Checkpoints:
         self._saving, self._error = 0, None
         self._whole: set[int] = set()  # steps whose every file has been looked at
         if not read_only:
-            _first_decides(self._open)
+            first_decides(self._open)
 
     # ---- which steps there are
 
@@ -76,7 +76,7 @@ class Checkpoints:
         A damaged step is passed over, said, and (unless read_only) moved aside, so that it can be saved again. Raises
         InputError when none is whole: a run that silently started anew would be worse.
         """
-        return _first_decides(lambda: self._first_whole(steps.named(self.folder)))
+        return first_decides(lambda: self._first_whole(steps.named(self.folder)))
 
     def best(self) -> int | None:
         """As `latest`, but the best step by the metric; the newest where none is named or none has been measured."""
@@ -86,7 +86,7 @@ class Checkpoints:
             by_value = sorted(steps.named(self.folder), key=lambda step: -values.get(step, -math.inf))
             return self._first_whole(by_value)
 
-        return _first_decides(choose)
+        return first_decides(choose)
 
     def _measured(self, say: Say = lambda line: None) -> dict[int, float]:
         """-> {step: its metric, the greater the better}."""
@@ -136,7 +136,7 @@ class Checkpoints:
             if free < more * size:
                 self._say(f"{text}, and {more} of them will lie there: the disk may be full before the run is done")
 
-        _first_decides(look)
+        first_decides(look)
 
     def save(self, state: State) -> None:
         """Starts writing, and returns when `state` may be given away; waits for the save before this one.
@@ -173,7 +173,7 @@ class Checkpoints:
                 raise self._failure(step, error) from error
             self._retain()
 
-        _first_decides(add)
+        first_decides(add)
 
     def wait(self) -> None:
         """Until the save that was started counts. Raises InputError, in all processes, when one of them failed."""
@@ -187,6 +187,16 @@ class Checkpoints:
         if failed:
             self._orbax = None  # its threads may be in any state
             raise self._failure(self._saving, error) from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """As `close`, or, on the way out with an error, without the other processes: they may not come to agree."""
+        if error is None:
+            self.close()
+        elif self._thread is not None and jax.process_count() == 1:
+            self._thread.join()
 
     def close(self) -> None:
         """Waits as `wait` does."""
@@ -312,7 +322,7 @@ class Checkpoints:
             if wrong := self._damage(step):
                 raise config.InputError(f"{wrong}; {has}")
 
-        _first_decides(look)
+        first_decides(look)
         items = steps.manifest(self.folder, step)["items"]
         return {i: {path: (tuple(shape), dtype) for path, (shape, dtype) in x.items()} for i, x in items.items()}
 
@@ -320,7 +330,7 @@ class Checkpoints:
         return leaves.compare(self.folder / str(step), item, there, leaves.of(tree))
 
 
-def _first_decides(work: Callable[[], int | None]) -> int | None:
+def first_decides(work: Callable[[], int | None]) -> int | None:
     """-> what work() gives in the first process; when it raises there, all do: processes may see a disk differently."""
     if jax.process_count() == 1:
         return work()

@@ -1,4 +1,8 @@
-"""Where the time of a run goes: <workdir>/goodput.json, and a line at the end of every process."""
+"""Where the time of a run goes: <workdir>/goodput.json, and a line at the end of every process.
+
+Counted is from the start of `train` to its end: not the import of libraries, nor what passed after a killed process
+last wrote.
+"""
 
 import contextlib
 import json
@@ -18,9 +22,9 @@ class Clock:
     """
 
     def __init__(self, workdir: Path, start: int, started: float):
-        """start: the step that this process goes on from; started: time.time() of its beginning."""
+        """start: the step that this process goes on from, 0 for a new run; started: time.time() of its beginning."""
         self._path = Path(workdir) / "goodput.json"
-        self._earlier = [p for p in _read(self._path) if p["start"] < start] if start else []
+        self._earlier = _read(self._path) if start else []
         self._start, self._at, self._kind = start, started, "setup"
         self.seconds = dict.fromkeys(KINDS, 0.0)
 
@@ -49,16 +53,33 @@ class Clock:
 
     def write(self, step: int) -> None:
         """Notes what this process did up to `step`, beside the processes of this run before it."""
-        if not sharding.is_first():
-            return
-        self._turn(self._kind)
-        here = {"start": self._start, "step": step, "seconds": {k: round(v, 3) for k, v in self.seconds.items()}}
-        workdir_lib.write(self._path, json.dumps([*self._earlier, here], indent=1))
+        if sharding.is_first():
+            workdir_lib.write(self._path, json.dumps([*self._earlier, self._here(step)], indent=1))
 
-    def summary(self) -> str:
-        total = self.total()
-        shares = ", ".join(f"{kind} {value:.1f} s" for kind, value in self.seconds.items())
-        return f"goodput     {self.seconds['step'] / max(total, 1e-9):.1%} of {total:.1f} s went into steps ({shares})"
+    def _here(self, step: int) -> dict:
+        self._turn(self._kind)
+        seconds = {kind: round(value, 3) for kind, value in self.seconds.items()}
+        return {"start": self._start, "step": step, "seconds": seconds}
+
+    def summary(self, step: int) -> str:
+        """What became of the time of this process, and of the run: a step that a later process did again was none."""
+        here = self._here(step)
+        shares = ", ".join(f"{kind} {value:.1f} s" for kind, value in here["seconds"].items())
+        text = f"goodput     {_share([here])} went into steps ({shares})"
+        if self._earlier:
+            every = [*self._earlier, here]
+            text += f"\n            in all {len(every)} processes of the run {_share(every)}"
+        return text
+
+
+def _share(processes: list[dict]) -> str:
+    """Of processes one after the other -> "SHARE of SECONDS" that went into steps which no later one did again."""
+    total, useful = 0.0, 0.0
+    for i, process in enumerate(processes):
+        total += sum(process["seconds"].values())
+        kept = min([process["step"], *(later["start"] for later in processes[i + 1 :])]) - process["start"]
+        useful += process["seconds"]["step"] * max(kept, 0) / max(process["step"] - process["start"], 1)
+    return f"{useful / max(total, 1e-9):.1%} of {total:.1f} s"
 
 
 def _read(path: Path) -> list[dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from gpt4v_jax import config
-from gpt4v_jax.training.checkpoint import Say, on_stderr
+from gpt4v_jax.training.checkpoint import Say, first_decides, on_stderr
 
 
 @contextlib.contextmanager
@@ -22,9 +22,25 @@ def hold(workdir: Path, say: Say = on_stderr) -> Iterator[None]:
     The folder is there already. Raises InputError naming the process that holds the lock. Of a run of many processes
     the first holds it. Where the file system knows no locks, that is said and the run goes on.
     """
-    if jax.process_index():
+    file = None
+
+    def take():
+        nonlocal file
+        file = _open(workdir, say)
+
+    if jax.process_count() > 1 or not jax.process_index():
+        first_decides(take)  # where it fails, it fails in all of them
+    try:
         yield
-        return
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                (Path(workdir) / "lock").unlink()  # before it is freed: who opened it meanwhile sees that it is gone
+            file.close()
+
+
+def _open(workdir: Path, say: Say):
+    """-> the open file that is the lock; None where there are no locks. Raises InputError where another has it."""
     path = Path(workdir) / "lock"
     try:
         file = _take(path)
@@ -32,19 +48,13 @@ def hold(workdir: Path, say: Say = on_stderr) -> Iterator[None]:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise config.InputError(f"--workdir={workdir} cannot be written: lock: {error.strerror}") from error
         say(f"{path}: no locks on this file system ({error.strerror}): see to it that no other run uses the folder")
-        yield
-        return
+        return None
     if isinstance(file, str):
         raise config.InputError(
             f"--workdir={workdir} is in use by {file or 'another process'}: wait until it is done, stop it, or use "
             "another --workdir"
         )
-    with file:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()  # before it is freed: whoever opened it meanwhile sees that it is gone, and makes another
+    return file
 
 
 def _take(path: Path):

@@ -4,12 +4,16 @@ Scalars on the device are read one log line late, when they have long been compu
 """
 
 import json
+import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import RecordWriter
 
 from gpt4v_jax import sharding
 from gpt4v_jax.training import workdir as workdir_lib
@@ -18,29 +22,35 @@ from gpt4v_jax.training import workdir as workdir_lib
 class Log:
     """Appends to <workdir>/metrics.jsonl and TensorBoard's event file; a resumed run drops what it will do again.
 
-    Of several processes the first writes.
+    Of several processes the first writes. Raises InputError where the disk refuses.
     """
 
     def __init__(self, workdir: Path, start: int):
-        self._waiting, self._file = None, None
+        self._waiting, self._file, self._path = None, None, Path(workdir) / "metrics.jsonl"
         if not sharding.is_first():
             return
-        self._path = Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
             workdir_lib.write(self._path, "".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1 if start else None)
+        with workdir_lib.written(self._path):
+            self._file = self._path.open("a")
+            self._board = Board(workdir, start)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes now: for numbers that are on the host already."""
         if self._file is None:
             return
         values = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with workdir_lib.written(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            self._board.add(step, values)
 
     def later(self, step: int, values: dict) -> dict | None:
         """Writes the values of the call before, and -> them as floats, with their "step" (None where none wait)."""
@@ -58,10 +68,38 @@ class Log:
         return {"step": step} | done
 
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
+                self._board.close()
+                self._file = None
+
+
+class Board:
+    """TensorBoard's event file, written in line: tensorboardX's own writer has a thread, and when a disk is full that
+    thread dies and the next lines wait for it for good."""
+
+    def __init__(self, workdir: Path, start: int):
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter(str(Path(workdir) / name))
+        self._event(file_version="brain.Event:2")
+        if start:  # what an earlier process wrote behind this step is not shown
+            self._event(step=start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        summary = summary_pb2.Summary(
+            value=[summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        )
+        self._event(step=step, summary=summary)
+
+    def _event(self, **fields) -> None:
+        self._records.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
 
 
 def _step(line: str) -> int:

@@ -19,8 +19,9 @@ from gpt4v_jax.sharding import path_name
 def schedule(c: config.Optim, steps: int) -> optax.Schedule:
     """Linear warm-up from lr / warmup to lr, whatever follows; then as `c.schedule` says.
 
-    cosine, linear: to `final` x lr at the last step. wsd: lr, and in the last `cooldown` x steps linearly to
-    `final` x lr (Hu et al. 2024). rsqrt: lr sqrt(warmup / step), however long the run (Vaswani et al. 2017).
+    cosine, linear: towards `final` x lr, which the step after the last would have. wsd: lr, and in the last `cooldown`
+    x steps linearly towards `final` x lr (Hu et al. 2024). rsqrt: lr sqrt(warmup / step), however long the run (Vaswani
+    et al. 2017).
     """
     after = max(steps - c.warmup, 1)
     if c.schedule == "cosine":

@@ -7,7 +7,36 @@ from typing import Any
 import flax
 
 from gpt4v_jax import config
-from gpt4v_jax.training import checkpoint, leaves, workdir
+from gpt4v_jax.training import checkpoint, leaves, steps, workdir
+
+# Keys of config.Model that may differ: they change no meaning of a weight, or only how many there are.
+_MAY_DIFFER = r"model\.(vocab|context|init_std|fusion\..*|((backbone|source|image\.encoder)\.)(dropout|depth))"
+
+
+def check(run: config.Config, tokenizer) -> None:
+    """Raises InputError where that run's weights would mean something else here: another key of the model that they
+    are part of, or another tokenizer's tokens in the table."""
+    init, there = run.init_from, Path(run.init_from.run)
+    theirs, wanted = workdir.load_config(there), _pattern(init.run_parameters)
+    finished = steps.finished(there / "checkpoints")
+    if not finished:
+        raise config.InputError(f"init_from.run={there} has no checkpoint yet; train it a little longer")
+    saved = steps.manifest(there / "checkpoints", finished[-1])["items"]["params"]
+    taken = {path.split("/")[0] for path in saved if wanted.search(path)}
+    for key, (that, this) in config.differences(theirs, run).items():
+        part = key.split(".")[1]
+        concerned = {part} & taken if part in ("image", "source") else taken - {"image"}
+        if key.startswith("model.") and concerned and not re.fullmatch(_MAY_DIFFER, key):
+            raise config.InputError(
+                f"init_from.run={there} has {key}={that!r}, this config {this!r}: its weights would mean something "
+                "else. Use its value, or leave these parameters out with init_from.run_parameters"
+            )
+    tokens = any(wanted.search(path) for path in saved if path.startswith(("text/embed", "head/", "head_bias")))
+    if tokens and (there / "tokenizer.json").read_text() != tokenizer.to_json():
+        raise config.InputError(
+            f"init_from.run={there} has another tokenizer: set data.tokenizer={str(there / 'tokenizer.json')!r}, or "
+            "leave its table of tokens out with init_from.run_parameters='^(?!text/embed|head)'"
+        )
 
 
 def load(params: Any, run: config.Config) -> tuple[Any, list[str]]:

@@ -24,7 +24,7 @@ class Stop:
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
-        self._noted = False
+        self._noted, self._interrupts = False, 0
         self._several = jax.process_count() > 1
         self._everywhere = NamedSharding(mesh, P(mesh.axis_names))
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
@@ -39,9 +39,10 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if number == signal.SIGINT and self._noted:
-            raise KeyboardInterrupt
         self._noted = True
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
 
     def asked(self) -> bool:
         """To be called once a step, by all processes: True at the same step in all of them."""

@@ -1,5 +1,6 @@
 """A run on disk: workdir/{config.json, environment.json, tokenizer.json, metrics.jsonl, checkpoints/, eval/, ...}."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -25,7 +26,7 @@ from gpt4v_jax.training import step as step_lib
 # What may differ when a run goes on. Not what is best: checkpoints that are there were kept by it.
 MAY_CHANGE = (
     r"steps|log_every|save_every|keep_last|keep_every|mesh\..*|compute\.(remat|scan|accumulate|vocab_chunks)|guard\..*"
-    r"|init_from\..*|eval\.(every|batch|limit|evaluators)|data\.(dir|cache|threads)"
+    r"|init_from\..*|eval\.(every|batch|evaluators)|data\.(dir|cache|threads)"
 )
 
 
@@ -42,14 +43,28 @@ class Trained:
     step: int
 
 
+@contextlib.contextmanager
+def written(path: Path):
+    """What a disk has against writing `path` is the user's to mend: OSError becomes InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise config.InputError(f"{path} cannot be written: {error.strerror}; what is there stays as it is") from error
+
+
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-    os.replace(temporary, path)
+    """Whole or not at all. Raises InputError where the disk refuses."""
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 def create(workdir: Path) -> None:
@@ -112,7 +127,7 @@ def restore(workdir: Path, step: int | None = None) -> Trained:
     # Devices may be fewer than in training: all of them along data.
     mesh = sharding.make_mesh(config.Mesh())
     jax.set_mesh(mesh)
-    model = GPT4V(run.model, layout)
+    model = GPT4V(run.model, layout, run.compute)
     checkpoints = checkpoint.Checkpoints(workdir, run.eval.best, run.eval.best_mode, read_only=True)
     step = checkpoints.best() if step is None else step
     if step is None:

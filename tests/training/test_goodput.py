@@ -31,18 +31,22 @@ def test_seconds_go_to_the_innermost(now, tmp_path):
     expected = {"setup": 18, "compile": 0, "input": 2, "step": 9, "checkpoint": 0, "evaluation": 4}
     assert clock.total() == now[0] - 90 == sum(expected.values()) and clock.busy() == 11
     assert clock.seconds == expected
-    assert clock.summary().startswith("goodput     27.3% of 33.0 s went into steps (setup 18.0 s, ")
+    assert clock.summary(5).startswith("goodput     27.3% of 33.0 s went into steps (setup 18.0 s, ")
 
 
 def test_the_processes_of_a_run_stand_beside_each_other(now, tmp_path):
-    for start, steps in [(0, (5, 10)), (10, (20,)), (20, (30,))]:
+    """Ten steps, of which five are done again; five; another start from 5 that is no use; ten more. A second each."""
+    for start, last in [(0, 10), (5, 10), (5, 10), (10, 20)]:
         clock = goodput.Clock(tmp_path, start, now[0])
-        for step in steps:
-            with clock.spent("step"):
-                now[0] += step - start
-            clock.write(step)
+        now[0] += 1
+        with clock.spent("step"):
+            now[0] += last - start
+        clock.write(last)
+        if start == 10:
+            assert "in all 4 processes of the run 58.8% of 34.0 s" in clock.summary(last), "5 + 0 + 5 + 10"
     found = json.loads((tmp_path / "goodput.json").read_text())
-    assert [(p["start"], p["step"], p["seconds"]["step"]) for p in found] == [(0, 10, 15), (10, 20, 10), (20, 30, 10)]
+    assert [(p["start"], p["step"], p["seconds"]["step"]) for p in found] == [(0, 10, 10), (5, 10, 5), (5, 10, 5),
+                                                                              (10, 20, 10)]  # fmt: skip
 
 
 def test_a_run_that_starts_anew_forgets_the_others(now, tmp_path):

@@ -1,8 +1,12 @@
 """metrics.jsonl: what is written, and what a resumed run keeps of it."""
 
+import errno
+import os
+
 import jax.numpy as jnp
 import pytest
 
+from gpt4v_jax import config
 from gpt4v_jax.training import metrics
 
 
@@ -35,3 +39,34 @@ def test_a_half_written_line_does_not_stop_a_reader(tmp_path):
 
 def test_no_file_no_lines(tmp_path):
     assert metrics.read(tmp_path) == []
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    """TensorBoard's file, too: it must not wait for a disk that has no room."""
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = metrics.Log(tmp_path, 0)
+    monkeypatch.setattr(metrics.RecordWriter, "write", full)
+    with pytest.raises(config.InputError, match="metrics.jsonl cannot be written: No space left on device"):
+        log.write(1, {"loss": 1.0})
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    """Its records: a version, where a run goes on, and the values."""
+    for start in (0, 7):
+        (tmp_path / str(start)).mkdir()
+        log = metrics.Log(tmp_path / str(start), start)
+        log.write(start + 1, {"loss": 0.5, "questions/accuracy": 0.25})
+        log.close()
+        (path,) = (tmp_path / str(start)).glob("events.*")
+        data, events = path.read_bytes(), []
+        while data:  # TFRecord: length (8 bytes), its checksum (4), the record, its checksum (4)
+            length = int.from_bytes(data[:8], "little")
+            events.append(metrics.event_pb2.Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+        first, *resumed, last = events
+        assert first.file_version == "brain.Event:2"
+        assert [(event.step, event.session_log.status) for event in resumed] == ([(8, 1)] if start else [])
+        assert last.step == start + 1
+        assert {v.tag: v.simple_value for v in last.summary.value} == {"loss": 0.5, "questions/accuracy": 0.25}

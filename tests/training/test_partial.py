@@ -145,3 +145,45 @@ def test_another_model_altogether(tmp_path):
     folder = saved(tmp_path / "run", step.State(3, {"text": {"other": jnp.zeros(3)}}, {}))
     with pytest.raises(config.InputError, match="none of its parameters is in this model; .* for example, text/other"):
         load(folder)
+
+
+class Words:
+    """A tokenizer, as far as `check` asks it."""
+
+    def __init__(self, text):
+        self._text = text
+
+    def to_json(self):
+        return self._text
+
+
+def check(folder, pattern="", tokenizer="mine", **changes):
+    model = dataclasses.replace(BASE.model, **changes)
+    init = config.InitFrom(run=str(folder), run_parameters=pattern)
+    partial.check(dataclasses.replace(BASE, model=model, init_from=init), Words(tokenizer))
+
+
+def test_weights_that_would_mean_something_else_are_refused(tmp_path):
+    folder = saved(tmp_path, noisy(step=1))
+    (folder / "tokenizer.json").write_text("mine")
+    check(folder)
+    deeper = dataclasses.replace(BASE.model.backbone, depth=3)
+    check(folder, context=99, fusion=config.Fusion("prefix_lm"), backbone=deeper)
+    relu = dataclasses.replace(BASE.model.backbone, activation="relu")
+    with pytest.raises(config.InputError, match="has model.backbone.activation='gelu_tanh', this config 'relu'"):
+        check(folder, backbone=relu)
+    with pytest.raises(config.InputError, match="has model.embed_scale=1.0, this config 2.0"):
+        check(folder, "^text/", embed_scale=2.0)
+    picture = dataclasses.replace(BASE.model.image, std=(1.0, 1.0, 1.0))
+    with pytest.raises(config.InputError, match="has model.image.std="):
+        check(folder, image=picture)
+    check(folder, "^backbone/", image=picture)  # no patch is taken
+    check(folder, "^image/", backbone=relu)
+    with pytest.raises(config.InputError, match="has another tokenizer: set data.tokenizer="):
+        check(folder, tokenizer="other")
+    check(folder, "^(?!text/embed|head)", tokenizer="other")
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(config.InputError, match="no checkpoint yet"):
+        check(saved(tmp_path))
