@@ -19,7 +19,7 @@ import pytest
 from gpt4v_jax import config, sharding
 from gpt4v_jax.data import packing, pipeline
 from gpt4v_jax.eval import common
-from gpt4v_jax.training import optim
+from gpt4v_jax.training import checkpoint, optim
 from gpt4v_jax.training import step as step_lib
 from tests import tiny
 
@@ -98,9 +98,12 @@ def one(name: str) -> None:
             folder.mkdir(exist_ok=True)
         if name == "alone":  # one of them is given something bad
             sharding.GRACE = 1.0
-            if jax.process_index() == 1:
-                raise config.InputError("mine alone")
-            sharding.barrier("never")
+            table = sharding.put_batch(np.zeros((2, 4), np.float32), sharding.make_mesh(config.Mesh()))
+            with checkpoint.Checkpoints(folder) as checkpoints:
+                checkpoints.save(step_lib.State(np.int32(1), {"text": {"embed": {"table": table}}}, {}))
+                if jax.process_index() == 1:  # and does not wait for the others to agree on that save
+                    raise config.InputError("mine alone")
+                sharding.barrier("never")
         sharding.barrier("config", "the same")
         with pytest.raises(config.InputError, match="config differs between process 0 and 1"):
             sharding.barrier("config", str(min(jax.process_index(), 1)))

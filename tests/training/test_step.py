@@ -41,7 +41,7 @@ def gradients(compute: config.Compute, model: config.Model = MODEL):
     {"remat": "offload", "scan": 2}, {"vocab_chunks": 5}, {"accumulate": 2}, {"accumulate": 8},
     {"accumulate": 4, "remat": "full", "scan": 1, "vocab_chunks": 3},
 ], ids=str)  # fmt: skip
-def test_every_way_to_compute_a_step_is_the_same_step(changes):
+def test_every_way_to_compute_a_step_is_the_same_step(changes, shown):
     """With dropout, an encoder, pictures, two kinds of blocks, and a last block beside whole periods."""
     values, weight, grads = gradients(config.Compute(**changes))
     plain_values, plain_weight, plain = gradients(config.Compute())
@@ -49,6 +49,8 @@ def test_every_way_to_compute_a_step_is_the_same_step(changes):
     assert abs(values["loss"] - plain_values["loss"]) <= 1e-6 * plain_values["loss"]
     assert float(values["accuracy"]) == pytest.approx(float(plain_values["accuracy"]), abs=1e-6)
     assert distance(grads, plain) <= 1e-6
+    said = ", ".join(f"{key} {value}" for key, value in changes.items())
+    shown(f"gradients with {said}: difference, relative to their norm", f"{distance(grads, plain):.1e}", "1e-06")
 
 
 @pytest.mark.parametrize("compute", [config.Compute(scan=1, remat="full"), config.Compute(remat="minimal")], ids=str)
@@ -117,15 +119,18 @@ def losses(history):
 
 
 @pytest.mark.parametrize("micro", [2, 8])
-def test_accumulated_steps_equal_whole_ones(micro):
+def test_accumulated_steps_equal_whole_ones(micro, shown):
     """With unequal weights: parameters after one step of SGD, and 20 losses of AdamW."""
     (whole, _), (parts, _) = (take_steps([BATCH], {"accumulate": n}, name="sgd", lr=0.1, warmup=0) for n in (1, micro))
-    assert distance(parts.params, whole.params) <= 1e-6
+    sgd = distance(parts.params, whole.params)
+    assert sgd <= 1e-6
     start = tiny.make_model(tiny.make_config(depth=1))[1]
     assert distance(whole.params, start) > 1e-3, "the step does move them"
     (_, whole), (_, parts) = (take_steps([BATCH] * 20, {"accumulate": n}) for n in (1, micro))
-    np.testing.assert_allclose(losses(parts), losses(whole), atol=1e-5)
-    assert losses(whole)[0] - losses(whole)[-1] > 0.5
+    loss = np.abs(losses(parts) - losses(whole)).max()
+    assert loss <= 1e-5 and losses(whole)[0] - losses(whole)[-1] > 0.5
+    shown(f"8 rows of unequal weight as {micro} x {8 // micro}: parameters after a step of SGD; 20 losses of AdamW",
+          f"{sgd:.1e}; {loss:.1e}", "1e-06; 1e-05")  # fmt: skip
 
 
 def test_the_state_is_given_to_the_next_step():
@@ -156,7 +161,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_batch_with_nan_changes_nothing_and_is_counted():
+def test_a_batch_with_nan_changes_nothing_and_is_counted(shown):
     bad = BATCH.replace(weight=np.where(BATCH.weight > 0, np.nan, 0).astype(np.float32))
     clean = [BATCH] * 40
     _, expected = take_steps(clean)
@@ -171,7 +176,10 @@ def test_a_batch_with_nan_changes_nothing_and_is_counted():
     assert int(state.watch.seen) == 38 and int(state.step) == 40
     # The losses later are those of a clean run of as many good steps, to the bit.
     np.testing.assert_array_equal(losses(history)[14:], losses(expected)[12:-2])
-    assert losses(history)[-1] == pytest.approx(losses(expected)[-1], rel=0.01)
+    later = abs(losses(history)[-1] / losses(expected)[-1] - 1)
+    assert later <= 0.01
+    shown("2 batches of 40 with NaN: bytes they change; steps counted; last loss against the clean run's",
+          f"0; 2; {later:.2%}", "0; 2; 1 %")  # fmt: skip
 
 
 def test_an_infinite_learning_rate_changes_nothing_and_is_counted(monkeypatch):
@@ -186,7 +194,7 @@ def test_an_infinite_learning_rate_changes_nothing_and_is_counted(monkeypatch):
         config.Optim(lr=float("inf"))
 
 
-def test_a_loss_spike_of_a_million_is_skipped(monkeypatch):
+def test_a_loss_spike_of_a_million_is_skipped(monkeypatch, shown):
     """The loss of one step in 40 is a million times as large, and so is its gradient."""
     real = step_lib.token_scores
     bad = BATCH.replace(position=BATCH.position.copy(), token_type=np.ones_like(BATCH.tokens))
@@ -204,7 +212,10 @@ def test_a_loss_spike_of_a_million_is_skipped(monkeypatch):
     _, history = take_steps(dirty, watch={"spike": 3.0})
     equal(history[30]["after"].params, history[30]["before"].params)
     assert history[30]["loss"] > 1e5 and int(history[-1]["skipped"]) == 1
-    assert losses(history)[-1] == pytest.approx(losses(expected)[-1], rel=0.01)
+    later = abs(losses(history)[-1] / losses(expected)[-1] - 1)
+    assert later <= 0.01
+    shown("1 loss of 40 a million times as large: bytes it changes; steps counted; last loss against the clean run's",
+          f"0; 1; {later:.2%}", "0; 1; 1 %")  # fmt: skip
     _, unguarded = take_steps(dirty, clip=0.0, name="sgd")
     assert not np.allclose(losses(unguarded)[-1], losses(expected)[-1], rtol=0.01), "the guard is what helped"
 
