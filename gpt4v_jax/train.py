@@ -176,17 +176,17 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
 def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, clock, asked, lines) -> dict[str, float]:
     """Trains from the state's step to the end, or until it is asked to stop -> the last evaluation."""
     run, start = stream.run, int(state.step)
-    minutes = [line["minutes"] for line in metrics.read(folder) if "minutes" in line] if start else []
-    earlier, started = minutes[-1] if minutes else 0.0, time.time()
-    log, progress = metrics.Log(folder, start), metrics.Progress(run.steps, start)
-    progress.line("\n".join([summary(stream, state.params, mesh, start), *lines]))
+    report = metrics.Report(folder, start, run.steps, run.log_every, run.batch * run.model.context, clock)
+    report.line("\n".join([summary(stream, state.params, mesh, start), *lines]))
+    evaluate = make_evaluate(stream, mesh, model, asked.check)
     batches = pipeline.batches(
         stream.source, stream.plan, stream.layout, run.batch, start, run.steps, run.data.threads,
         sharding.local_rows(mesh, run.batch),
     )  # fmt: skip
-    row_tokens = run.batch * run.model.context
-    results, evaluated = {}, 0  # the newest evaluation, and its step
-    since, before = [], None  # device scalars since the last line, and of the step before
+
+    def next_batch():
+        with clock.spent("input"):
+            return sharding.put_batch(next(batches), mesh, run.batch)
 
     def epoch_after(step: int) -> int:
         return stream.plan.locate(step * run.batch)[0]
@@ -196,69 +196,47 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
             return True
         return not run.eval.every and epoch_after(step) != epoch_after(step - 1)
 
-    def show(done: dict | None) -> None:
-        if done and "tokens_per_second" in done:
-            left = (run.steps - done["step"]) * row_tokens / done["tokens_per_second"]
-            progress.show(done["step"], done["loss"], done["tokens_per_second"], left)
-
-    def spent() -> float:
-        return earlier + (time.time() - started) / 60
+    def save_at(step: int) -> None:
+        report.flush()  # a run that is killed after this resumes behind this step
+        with clock.spent("checkpoint"):
+            checkpoints.save(state)
+        clock.write(step)
 
     def evaluate_at(step: int) -> None:
-        nonlocal results, evaluated
         with clock.spent("evaluation"):
-            results, evaluated = evaluate(state), step
+            results = evaluate(state)
             checkpoints.record(step, results)
-            log.write(step, results | {"minutes": spent()})  # last: what the log has is done
+            report.evaluation(step, results)  # last: what the log has is done
 
-    step, leaving = start, False
-    evaluate = make_evaluate(stream, mesh, model, asked.check)
-    with log, progress, clock.spent("step"):
+    step, leaving, before = start, False, None
+    with report, clock.spent("step"):
         try:
             done = checkpoint.first_decides(lambda: int(not start or metrics.evaluated(folder, start)))
             if not done and run.eval.evaluators and is_due(start):  # it was stopped in it
                 evaluate_at(start)
+            if start < run.steps:
+                batch = next_batch()
+                with clock.spent("compile"):
+                    train_step = step_lib.compile_train_step(model, tx, run, state, mesh).lower(state, batch).compile()
             while step < run.steps and not leaving:
                 step += 1
-                with clock.spent("input"):
-                    batch = sharding.put_batch(next(batches), mesh, run.batch)
-                if step == start + 1:
-                    with clock.spent("compile"):
-                        train_step = step_lib.compile_train_step(model, tx, run, state, mesh)
-                        train_step = train_step.lower(state, batch).compile()
                 state, values = train_step(state, batch)
-                if step == start + 1:
-                    jax.block_until_ready(values)
-                    first = clock.busy()
-                    progress.line(f"first step done after {clock.total():.1f} s, compilation included")
-                    log.write(step, values)
-                elif step % run.log_every == 0 or step == run.steps:
-                    rate = row_tokens * (step - start - 1) / max(clock.busy() - first, 1e-9)
-                    more = {"tokens_per_second": rate, "epoch": epoch_after(step - 1), "minutes": spent()}
-                    show(log.later(step, values | more))
-                    clock.write(step)
-                progress.advance(step)
-                since.append((values["loss"], values["accuracy"]))
+                report.step(step, values, epoch_after(step - 1))
+                if step < run.steps:
+                    batch = next_batch()
                 if before is not None:
-                    guard(run, step - 1, before)
-                before = values
-
-                leaving = asked.asked()
-                due = is_due(step)
+                    guard(run, step - 1, before)  # one step late: nothing waits for it
+                before, leaving, due = values, asked.asked(), is_due(step)
                 saves = due or step % run.save_every == 0 or bool(run.keep_every) and step % run.keep_every == 0
                 # Not while steps are skipped: good checkpoints would make room for those of ruined parameters.
                 skipped = int(values["skipped_in_row"]) if saves else 0
                 stuck = skipped > due and step < run.steps
                 if leaving or saves and not stuck:
-                    show(log.flush())  # a run that is killed after this resumes behind this step
-                    with clock.spent("checkpoint"):
-                        checkpoints.save(state)
-                    clock.write(step)
+                    save_at(step)
                 if due and not leaving and not stuck:
                     evaluate_at(step)
                 if due or epoch_after(step) != epoch_after(step - 1):
-                    progress.line(_line(step, epoch_after(step - 1), since, results, evaluated))
-                    since = []
+                    report.epoch(step, epoch_after(step - 1))
             if before is not None:
                 guard(run, step, before)
             with clock.spent("checkpoint"):
@@ -268,12 +246,12 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
             checkpoints.wait()
         finally:
             clock.write(step)
-            progress.line(clock.summary(step))
+            report.line(clock.summary(step))
     if leaving:
         raise command.Leave(f"asked to stop: saved step {step} of {run.steps} in {folder}; the same command goes on "
                             "from there", stop.PREEMPTED)  # fmt: skip
-    progress.line(f"done: {run.steps} steps, {clock.total() / 60:.1f} minutes in this process; {folder}")
-    return results
+    report.line(f"done: {run.steps} steps, {clock.total() / 60:.1f} minutes in this process; {folder}")
+    return report.results
 
 
 def guard(run: config.Config, step: int, values) -> None:
@@ -304,14 +282,6 @@ def summary(stream: Stream, params, mesh, start: int) -> str:
         f"{media.sum():,} pictures an epoch; vocabulary {tokenizer.vocab}, fusion {run.model.fusion.kind}",
         f"steps       {run.steps:,}" + (f", resumed after {start:,}" if start else ""),
     ])  # fmt: skip
-
-
-def _line(step: int, epoch: int, since, results: dict[str, float], evaluated: int) -> str:
-    loss, accuracy = (sum(float(x) for x in column) / len(since) for column in zip(*since, strict=True))
-    held_out = "  ".join(f"{name} {value:.4f}" for name, value in results.items() if name.count("/") == 1)
-    at = "" if evaluated == step else f" of step {evaluated}"
-    held_out = f"  | validation{at} {held_out}" if held_out else ""
-    return f"epoch {epoch} step {step}  loss {loss:.4f}  token accuracy {accuracy:.4f}{held_out}"
 
 
 def main() -> None:

@@ -372,6 +372,6 @@ def test_a_line_an_epoch():
     """Means since the last line; an epoch that ends between two evaluations shows the last one, and says so."""
     since, results = [(2.0, 0.5), (1.0, 1.0)], {"questions/loss": 0.25, "questions/accuracy/what": 0.5}
     said = "epoch 3 step 20  loss 1.5000  token accuracy 0.7500"
-    assert train._line(20, 3, since, results, 20) == f"{said}  | validation questions/loss 0.2500"
-    assert train._line(20, 3, since, results, 10) == f"{said}  | validation of step 10 questions/loss 0.2500"
-    assert train._line(20, 3, since, {}, 0) == said
+    assert metrics.epoch_line(20, 3, since, results, 20) == f"{said}  | validation questions/loss 0.2500"
+    assert metrics.epoch_line(20, 3, since, results, 10) == f"{said}  | validation of step 10 questions/loss 0.2500"
+    assert metrics.epoch_line(20, 3, since, {}, 0) == said

@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import rich.console
 import rich.progress
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from gpt4v_jax import sharding
+from gpt4v_jax.training import goodput
 from gpt4v_jax.training import workdir as workdir_lib
 
 
@@ -119,6 +121,73 @@ def read(workdir: Path) -> list[dict]:
 def evaluated(workdir: Path, step: int) -> bool:
     """Is there an evaluation of this step?"""
     return any(line["step"] == step and any("/" in name for name in line) for line in read(workdir))
+
+
+class Report:
+    """What a run says while it trains: numbers of every step go in, lines of the log and the terminal come out."""
+
+    def __init__(self, workdir: Path, start: int, total: int, every: int, row_tokens: int, clock: goodput.Clock):
+        """every: steps between two lines; row_tokens: positions of a step."""
+        minutes = [line["minutes"] for line in read(workdir) if "minutes" in line] if start else []
+        self._earlier, self._clock = minutes[-1] if minutes else 0.0, clock
+        self._log, self._progress = Log(workdir, start), Progress(total, start)
+        self._start, self._total, self._every, self._row_tokens = start, total, every, row_tokens
+        self.results: dict[str, float] = {}  # of the newest evaluation
+        self._evaluated, self._since, self._first = 0, [], 0.0  # its step; device scalars since the last epoch line
+
+    def __enter__(self):
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._progress.__exit__(*error)
+        self._log.close()
+
+    def line(self, text: str) -> None:
+        self._progress.line(text)
+
+    def step(self, step: int, values: dict, epoch: int) -> None:
+        """values: device scalars, which are read one line late; epoch: the one that the step belongs to."""
+        if step == self._start + 1:
+            jax.block_until_ready(values)
+            self._first = self._clock.busy()
+            self.line(f"first step done after {self._clock.total():.1f} s, compilation included")
+            self._log.write(step, values)
+        elif step % self._every == 0 or step == self._total:
+            rate = self._row_tokens * (step - self._start - 1) / max(self._clock.busy() - self._first, 1e-9)
+            self._show(self._log.later(step, values | {"tokens_per_second": rate, "epoch": epoch} | self._minutes()))
+            self._clock.write(step)
+        self._progress.advance(step)
+        self._since.append((values["loss"], values["accuracy"]))
+
+    def flush(self) -> None:
+        self._show(self._log.flush())
+
+    def evaluation(self, step: int, results: dict[str, float]) -> None:
+        self._log.write(step, results | self._minutes())
+        self.results, self._evaluated = results, step
+
+    def epoch(self, step: int, epoch: int) -> None:
+        """A line of means since the last one."""
+        self.line(epoch_line(step, epoch, self._since, self.results, self._evaluated))
+        self._since = []
+
+    def _minutes(self) -> dict[str, float]:
+        return {"minutes": self._earlier + self._clock.total() / 60}
+
+    def _show(self, done: dict | None) -> None:
+        if done and "tokens_per_second" in done:
+            left = (self._total - done["step"]) * self._row_tokens / done["tokens_per_second"]
+            self._progress.show(done["step"], done["loss"], done["tokens_per_second"], left)
+
+
+def epoch_line(step: int, epoch: int, since, results: dict[str, float], evaluated: int) -> str:
+    """since: (loss, accuracy) of each step; results: an evaluation, that of step `evaluated`."""
+    loss, accuracy = (sum(float(x) for x in column) / len(since) for column in zip(*since, strict=True))
+    held_out = "  ".join(f"{name} {value:.4f}" for name, value in results.items() if name.count("/") == 1)
+    at = "" if evaluated == step else f" of step {evaluated}"
+    held_out = f"  | validation{at} {held_out}" if held_out else ""
+    return f"epoch {epoch} step {step}  loss {loss:.4f}  token accuracy {accuracy:.4f}{held_out}"
 
 
 class Progress:

@@ -143,6 +143,9 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
     def train_step(state: State, batch: batch_lib.Batch):
         keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.backbone.dropout else None
         values, weight, grads = gradients(model, state.params, batch, keys)
+        if run.optim.frozen:  # they count nowhere, and need not be computed
+            frozen = optim.matching(run.optim.frozen, grads)
+            grads = jax.tree.map(lambda x, left: jnp.zeros_like(x) if left else x, grads, frozen)
         grad_norm = optax.tree.norm(grads)
         lr = schedule(state.watch.seen)  # an optimizer counts the steps that it takes
         accepted = jnp.isfinite(values["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(lr)

@@ -154,6 +154,13 @@ def test_the_moving_average():
     assert distance(history[-1]["after"].ema, history[-1]["after"].params) > 1e-4
 
 
+def test_gradients_of_frozen_parameters_do_not_count():
+    """Neither in the norm nor for the guard."""
+    (_, [whole]), (_, [part]) = take_steps([BATCH]), take_steps([BATCH], frozen="^(image|text)/")
+    assert 0 < part["grad_norm"] < 0.99 * whole["grad_norm"]
+    assert part["loss"] == whole["loss"]
+
+
 # ---- the guard
 
 
