@@ -246,6 +246,8 @@ def test_a_rows_dropout_depends_on_its_number_alone():
     forward = functools.partial(step_lib.forward, module, params)
     whole = np.asarray(forward(same, KEYS))
     half = np.asarray(forward(jax.tree.map(lambda x: x[2:4], same), KEYS[2:4]))
+    four, eight = (jax.random.key_data(step_lib.row_keys(0, 3, rows)) for rows in (4, 8))
+    np.testing.assert_array_equal(four, eight[:4])
     np.testing.assert_allclose(half, whole[2:4], atol=1e-5)
     assert not np.allclose(whole[0], whole[1], atol=0.1)
     assert not np.allclose(whole, forward(same, step_lib.row_keys(0, 4, 8)), atol=0.1)
