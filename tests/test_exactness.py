@@ -1,6 +1,7 @@
 """Whole runs in processes of their own: stopped, killed, damaged, and exact to the bit all the same.
 
-They are runs of configs/tiny.py: shuffled pictures and text, dropout, a schedule. make soak runs the slow ones.
+They are runs of configs/tiny.py: shuffled pictures and text, dropout, a schedule. make soak runs them; make test has
+the same in small, within one process (test_train.py, training/test_checkpoint.py).
 """
 
 import os
@@ -22,6 +23,7 @@ from gpt4v_jax import sharding
 from gpt4v_jax.training import metrics, steps, stop
 from gpt4v_jax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.soak
 ROOT = Path(__file__).parent.parent
 VARIANTS = {  # what resumes to the bit
     "AdamW, accumulated, averaged": ["--config.compute.accumulate=2", "--config.optim.ema=0.9"],
@@ -133,7 +135,6 @@ def unbroken(digits_world, tmp_path_factory):
     return get
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ten_and_ten_steps_are_twenty(name, unbroken, tmp_path, shown):
     """The second ten by a new process: parameters, optimizer, guard, moving average, data position; every loss."""
@@ -167,13 +168,11 @@ def test_sigterm_twice(unbroken, digits_world, tmp_path, shown):
     assert f"resumed after {step}" in run.go()
     assert run.losses() == whole.losses() and differing_bytes(run.state(20), whole.state(20)) == 0
     assert not (run.folder / "lock").exists()
-    if os.environ.get("SHOWN"):  # make soak; other tests do not time
-        assert seconds <= 10
+    assert seconds <= 10
     shown("SIGTERM twice: seconds until it has saved and left", f"{seconds:.1f}", "10")
     shown("... torn checkpoints; differing losses afterwards", "0; 0", "0; 0")
 
 
-@pytest.mark.soak
 def test_kill_at_eight_moments(digits_world, tmp_path, shown):
     """kill -9 while steps run and checkpoints are written: every later loss is that of the unbroken run."""
     args = ("--config.steps=60", "--config.save_every=1")
@@ -208,7 +207,6 @@ def eight(digits_world, tmp_path_factory):
     return run
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("mesh", [("data=8",), ("data=2", "fsdp=4"), ("data=2", "fsdp=2", "tensor=2")], ids=str)
 def test_two_processes_of_four_devices_are_one_device(mesh, unbroken, eight, digits_world, tmp_path, shown):
     """The whole command, 20 steps; and 10 steps of one process on 8 x 1, then 10 of two processes."""
@@ -238,7 +236,6 @@ def small_disk(folder: Path, size: int) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-@pytest.mark.soak
 def test_a_disk_that_gets_full(unbroken, digits_world, tmp_path, shown):
     """A real one: the step before is whole, and with room again the run ends as if nothing had been."""
     whole, folder = unbroken(), tmp_path / "disk"
