@@ -41,7 +41,7 @@ def damage(folder: Path, step: int) -> str:
     path = folder / str(step)
     if path.is_dir() and is_empty(path):
         return f"{path}: is an empty folder"
-    if (path / "_CHECKPOINT_METADATA").exists() and not (path / checksums.NAME).exists():
+    if (path / "position").is_dir() and not (path / checksums.NAME).exists():
         return f"{path}: has no checksums; an older version of gpt4v_jax wrote it, and can read it"
     if wrong := checksums.damage(path, MANIFEST):
         return f"{path}/{wrong}"

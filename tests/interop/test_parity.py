@@ -32,7 +32,7 @@ def cases():
         seen.add(family)
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", list(cases()))
 def test_a_family_equals_its_reference(name, tmp_path):
     """Outputs, cached decoding, and every tensor after import and export."""
     result = parity.compare(name, tmp_path)

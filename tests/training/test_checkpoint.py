@@ -267,6 +267,13 @@ def test_a_deleted_or_a_truncated_file(copy, name):
     passed_over(copy, path, "is missing")
 
 
+def test_a_step_of_an_older_version_is_called_that(copy):
+    path = copy / "checkpoints/2"
+    (path / checksums.NAME).unlink()
+    (path / "position").mkdir()
+    passed_over(copy, path, "has no checksums; an older version of gpt4v_jax wrote it, and can read it")
+
+
 def test_an_empty_folder_named_like_a_step(copy):
     path = copy / "checkpoints/300"
     path.mkdir()

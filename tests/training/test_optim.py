@@ -15,6 +15,7 @@ from gpt4v_jax.training import step as step_lib
 from tests import tiny
 
 NAMES = ["adamw", "adafactor", "lion", "sgd", "muon"]
+SOME = [x if x in ("adafactor", "muon") else pytest.param(x, marks=pytest.mark.soak) for x in NAMES]  # the odd ones
 SHAPES = {  # one parameter of every sort; Adafactor factors the wide one
     "text/embed/table": (6, 4), "image/connector/kernel": (128, 130),
     "head/kernel": (4, 6), "backbone/block_0/attention/query/kernel": (4, 2, 3),
@@ -218,7 +219,7 @@ def test_muon_takes_the_matrices_of_blocks():
 # Masks.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_decay_is_decoupled(name):
     """Without gradients a parameter that decays loses lr x weight_decay of itself, and no other moves."""
     after, _, _ = run([ZERO], name=name, lr=0.1, weight_decay=0.5, decay="(up/kernel|table)$")
@@ -227,7 +228,7 @@ def test_decay_is_decoupled(name):
         np.testing.assert_allclose(after[path], p * (1 - share), rtol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_frozen_parameters_have_no_part_in_anything(name):
     """They stay bit-equal in spite of gradients, momentum and decay, have no state, and the clip counts them not."""
     changes = {"name": name, "frozen": r"^image/|cross/|norm", "weight_decay": 0.5, "lr": 0.1, "clip": 0.5}
@@ -254,7 +255,7 @@ def test_muon_with_all_matrices_frozen():
     assert not any("block_" in path for path in moments(state))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_lr_factors_scale_the_whole_update(name):
     """Exactly, decay included, and the first that matches counts; the pattern is all before the last "="."""
     changes = {"name": name, "lr": 0.1, "weight_decay": 0.5, "decay": "(up/kernel|table)$"}
@@ -277,7 +278,7 @@ def test_clip_is_by_the_global_norm():
 # The state.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_state_in_bfloat16(name):
     """Half the bytes, the same shapes, nearly the same way."""
     changes = {"name": name, "lr": 0.01, "weight_decay": 0.0}
@@ -312,7 +313,7 @@ def test_moments_in_bfloat16_shrink_as_they_should():
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("changes", [
     {}, {"frozen": "^image/", "state_dtype": "bfloat16", "lr_factors": ("block_0=0.5",)},
 ], ids=["plain", "frozen-bfloat16"])  # fmt: skip
