@@ -43,7 +43,8 @@ def page(lines: list[dict]) -> str:
         rows = [line for line in lines if f"/{file}.py::" in line["test"]]
         if rows:
             text.append(f"## {title}\n\n| what | measured | bar | minutes |\n|---|---|---|---|")
-            text += [f"| {row['what']} | {row['value']} | {row['bar']} | {row['minutes']:.1f} |" for row in rows]
+            cells = [[str(row[key]).replace("|", "\\|") for key in ("what", "value", "bar")] for row in rows]
+            text += [f"| {' | '.join(cell)} | {row['minutes']:.1f} |" for cell, row in zip(cells, rows, strict=True)]
             text.append("")
     return "\n".join(text)
 
