@@ -7,6 +7,7 @@ functions; the first one decides.
 """
 
 import json
+import logging as std_logging
 import math
 import os
 import re
@@ -31,6 +32,10 @@ from gpt4v_jax.training.step import State
 Say = Callable[[str], None]
 # Orbax prints a traceback in each of its threads for what it also raises, and we then say in one line.
 logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "/orbax/checkpoint/" in record.pathname))
+# So do its coroutines, and TensorStore's callbacks that find them gone.
+std_logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+_unraisable = sys.unraisablehook
+sys.unraisablehook = lambda what: str(what.exc_value) == "Event loop is closed" or _unraisable(what)
 
 
 def on_stderr(line: str) -> None:
