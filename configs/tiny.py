@@ -2,18 +2,15 @@
 
 python -m gpt4v_jax.train --config configs/tiny.py --workdir runs/tiny
 
-What tests and make soak run (docs/results/exactness.md). Measured: loss 6.01 to 5.78 in 20 steps, a second of steps in
-all on 2 cores, beside half a minute of compiling.
+What make soak runs. Measured: docs/results/exactness.md.
 """
 
 from gpt4v_jax import config as config_lib
 
 
-def get_config(arg: str = ""):
-    given = config_lib.arguments(arg, fusion="concat")
+def get_config():
     config = config_lib.default()
     config.steps, config.batch, config.log_every, config.save_every = 20, 8, 1, 5
-    config.model.fusion.kind = given["fusion"]
     config.model.context = 128
     config.model.image.update(size=24, patch=12)
     config.model.backbone.update(depth=2, width=16, heads=2, dropout=0.1)

@@ -4,6 +4,7 @@ They are runs of configs/tiny.py: shuffled pictures and text, dropout, a schedul
 the same in small, within one process (test_train.py, training/test_checkpoint.py).
 """
 
+import contextlib
 import os
 import random
 import re
@@ -64,8 +65,9 @@ class Run:
         assert process.returncode == status, said
         return said
 
-    def go_together(self, count: int, devices: int, *args: str) -> None:
-        """Runs the command as `count` processes with so many devices each."""
+    @contextlib.contextmanager
+    def together(self, count: int, devices: int, *args: str):
+        """Starts the command as `count` processes with so many devices each -> them; none is left behind."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -75,11 +77,16 @@ class Run:
                 env = dict(zip(sharding.MANUAL, (address, str(count), str(number)), strict=True))
                 env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
                 running.append(self.start("--distributed", *args, env=env))
-            said = [process.communicate(timeout=600)[0] for process in running]
-            assert [process.returncode for process in running] == [0] * count, said
+            yield running
         finally:
             for process in running:
                 process.kill()
+                process.communicate()
+
+    def go_together(self, *args, status: int = 0) -> None:
+        with self.together(*args) as running:
+            said = [process.communicate(timeout=600)[0] for process in running]
+        assert {process.returncode for process in running} == {status}, said
 
     def copy(self, folder: Path) -> "Run":
         shutil.copytree(self.folder, folder)
@@ -171,6 +178,22 @@ def test_sigterm_twice(unbroken, digits_world, tmp_path, shown):
     assert seconds <= 10
     shown("SIGTERM twice: seconds until it has saved and left", f"{seconds:.1f}", "10")
     shown("... torn checkpoints; differing losses afterwards", "0; 0", "0; 0")
+
+
+def test_sigterm_to_one_of_two_processes(unbroken, digits_world, tmp_path, shown):
+    """Both save the same step and leave; one process alone goes on from there."""
+    whole, run = unbroken(), Run(tmp_path / "run", digits_world.cache, "--config.save_every=1000")
+    with run.together(2, 1) as running:
+        read_until(running[0], r"^step 3/")
+        running[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [stop.PREEMPTED] * 2, said
+    (step,) = steps.finished(run.checkpoints)
+    assert f"resumed after {step}" in run.go()
+    loss = max(abs(whole.losses()[i] - found) for i, found in run.losses().items())
+    assert len(run.losses()) == 20 and loss <= 1e-5
+    shown("SIGTERM to one of two processes: exit statuses; |loss difference| when one process goes on",
+          f"75, 75; {loss:.1e}", "75, 75; 1e-05")  # fmt: skip
 
 
 def test_kill_at_eight_moments(digits_world, tmp_path, shown):

@@ -284,12 +284,12 @@ class Checkpoints:
         values = {leaves.ITEMS[item]: self.read(step, item, target) for item, target in targets.items()}
         return state.replace(step=jax.device_put(np.int32(step), place), **values)
 
-    def restore_params(self, abstract_params, mesh: jax.sharding.Mesh, step: int, raw: bool = False):
+    def restore_params(self, abstract_params, mesh: jax.sharding.Mesh, step: int):
         """-> the parameters at `step`, on `mesh`, in the dtype in which they were saved.
 
-        Where the run keeps a moving average of them it is that, unless `raw`. Raises as `restore` does.
+        Where the run keeps a moving average of them it is that. Raises as `restore` does.
         """
-        item, there = self.parameters(step, raw)
+        item, there = self.parameters(step)
         self._compare("params", step, there, abstract_params)
         shapes = jax.tree_util.tree_map_with_path(
             lambda path, x: (x.shape, jnp.dtype(there[sharding.path_name(path)][1])), abstract_params
@@ -300,14 +300,10 @@ class Checkpoints:
         )  # fmt: skip
         return self.read(step, item, target)
 
-    def check(self, params, step: int) -> None:
-        """Raises InputError for a step that is not there or damaged, or naming the first parameter that differs."""
-        self._compare("params", step, self._checked(step)["params"], params)
-
-    def parameters(self, step: int, raw: bool = False) -> tuple[str, leaves.Leaves]:
+    def parameters(self, step: int) -> tuple[str, leaves.Leaves]:
         """-> (what `restore_params` reads: "ema" or "params", its leaves)."""
         there = self._checked(step)
-        item = "ema" if "ema" in there and not raw else "params"
+        item = "ema" if "ema" in there else "params"
         return item, there[item]
 
     def read(self, step: int, item: str, target, partial: bool = False):

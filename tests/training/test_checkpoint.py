@@ -91,7 +91,6 @@ def test_restore_is_bit_equal(tmp_path, name, ema):
     assert all(x.is_deleted() for x in jax.tree.leaves(fresh)), "the memory of two states was held"
     abstract, mesh = jax.eval_shape(lambda: state.params), sharding.make_mesh(config.Mesh())
     equal(reader.restore_params(abstract, mesh, 7), state.ema if ema else state.params)
-    equal(reader.restore_params(abstract, mesh, 7, raw=True), state.params)
 
 
 def test_the_state_may_be_given_away_at_once(tmp_path):
