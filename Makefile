@@ -53,7 +53,7 @@ quickstart: $(CORE)
 	$(PY) -m gpt4v_jax.report --workdir $(WORKDIR)
 
 test: lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(TEST)
 	$(PY) -m ruff check .

@@ -22,8 +22,13 @@ CORE = [
     "tensorflow-datasets>=4.9.9",  # works without TensorFlow, which is not needed
     "tokenizers>=0.21",
 ]
+MEDIA = ["av>=14.0", "soundfile>=0.13"]  # clips and sound
+SCORES = ["jiwer>=4.0", "sacrebleu>=2.5"]  # of speech and of translation
 TEST = [
+    *MEDIA,
+    *SCORES,
     "pytest>=8.0",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     # The references of the parity tests and of make bench. torch's CPU build is at hand for Python 3.11 alone.
     'torch==2.13.0; python_version < "3.12"',
@@ -40,6 +45,8 @@ setup(
     package_data={"gpt4v_jax": ["report.html"]},
     install_requires=CORE,
     extras_require={
+        "media": MEDIA,
+        "scores": SCORES,
         "test": TEST,
         "dev": TEST,
         "gpu": ["jax[cuda12]"],  # driver 525 or later; from 580 on jax[cuda13] works, too

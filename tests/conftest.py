@@ -5,7 +5,8 @@ import os
 import time
 from pathlib import Path
 
-CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+# One folder a worker of pytest-xdist: JAX does not write these files in one go.
+CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "")
 
 # In the environment, before JAX starts, so that the processes that tests start have them, too.
 os.environ.update({
