@@ -150,10 +150,10 @@ def _pictures(c: config.Image, model, rows: int):
     import torch
     from transformers import image_utils
 
-    from gpt4v_jax.data import packing
+    from gpt4v_jax.data import transforms
 
     pictures = np.random.default_rng(3).integers(0, 256, (rows, c.size, c.size, 3), np.uint8)
-    patches = np.stack([packing.patchify(picture, c.patch) for picture in pictures])
+    patches = np.stack([transforms.patchify(picture, c.patch) for picture in pictures])
     index = np.zeros((*patches.shape[:2], 3), np.int32)
     index[..., 1:] = np.indices((c.grid, c.grid)).reshape(2, -1).T
     kind = {"clip": "OPENAI_CLIP", "dino": "IMAGENET_DEFAULT"}.get(model.config.model_type[:4], "IMAGENET_STANDARD")

@@ -23,8 +23,8 @@ def get_config(arg: str = ""):
     config.model.fusion.kind = arg["fusion"]
 
     config.data.name = "digits_world"
-    config.data.pictures = arg["pictures"]
-    config.data.media = 7
+    config.data.blank = ("image",) if arg["pictures"] == "blank" else ()
+    config.data.image.items = 7
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

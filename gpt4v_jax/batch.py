@@ -8,6 +8,7 @@ The ONE law of masks, for self-attention and cached decode alike: query i sees k
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.struct
@@ -17,44 +18,120 @@ from gpt4v_jax import config
 
 Array = Any  # numpy on the way in, jax inside
 
-TEXT, IMAGE = 0, 1  # Segment.kind
+MEDIA = ("image", "video", "audio")  # in this order everywhere; a Segment's kind is 1 + the number in this list
+TEXT = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A part of a medium that is encoded by itself: the whole of it, or a tile of a big picture."""
+
+    grid: tuple[int, int, int]  # patches in time, rows, columns
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom; shares of the picture
+
+    def __len__(self) -> int:
+        return math.prod(self.grid)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """What data and model must agree on, in plain Python. Derived from the model's config by `layout`, never set.
 
-    T positions a row; `patch_budget` patches and `items` pictures a row (M and N of `Media`).
+    T positions a row; of each of MEDIA `items` media and `patches` of their patches a row (N and M of `Media`).
     """
 
     vocab: int
     context: int
-    size: int  # pictures are size x size pixels; 0: none are read
-    patch: int
-    items: int
-    prefix: str  # none | media: a picture is one block | media+prompt: with the prompt | all: a document is one block
+    prefix: str  # none | media: a medium is one block | media+prompt: with the prompt | all: a document is one block
+    image: config.Image = config.Image()
+    video: config.Video = config.Video()
+    audio: config.Audio = config.Audio()
+    items: tuple[int, int, int] = (0, 0, 0)
+    patches: tuple[int, int, int] = (0, 0, 0)
+    axes: int = 1  # A of Batch.position
     source: int = 0  # positions of Batch.source, which a separate encoder reads; 0: none
 
-    @property
-    def grid(self) -> int:
-        return self.size // self.patch if self.size else 0
-
-    def count(self, modality: str) -> tuple[int, tuple[int, int, int]]:
-        """-> (positions in the stream, grid (time, rows, columns)) of one medium of `modality`."""
-        if modality != "image":
-            raise config.InputError(f"modality {modality!r} is none of: image")
-        return self.grid**2, (1, self.grid, self.grid)
+    def reads(self, modality: str) -> bool:
+        config.one_of("modality", modality, MEDIA)
+        return bool(getattr(self, modality))
 
     @property
-    def patch_budget(self) -> int:
-        return self.items * self.grid**2
+    def media(self) -> tuple[str, ...]:
+        """The modalities that rows have room for."""
+        return tuple(name for name, items in zip(MEDIA, self.items, strict=True) if items)
+
+    def budget(self, modality: str) -> tuple[int, int]:
+        """-> (media, patches) that a row holds of `modality`."""
+        k = MEDIA.index(modality)
+        return self.items[k], self.patches[k]
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """-> what packing may fill of a row: positions, then items and patches of each of MEDIA."""
+        return (self.context, *(n for pair in zip(self.items, self.patches, strict=True) for n in pair))
+
+    def offset(self, modality: str) -> int:
+        """-> the number, among all of a row's features, of the first one of `modality`."""
+        return sum(self.patches[: MEDIA.index(modality)])
+
+    def values(self, modality: str) -> tuple[int, type]:
+        """-> (how many values a patch has, their dtype)."""
+        c = getattr(self, modality)
+        return c.values, np.float32 if modality == "audio" else np.uint8
+
+    def views(self, modality: str, shape: tuple[int, ...] = ()) -> tuple[View, ...]:
+        """-> the parts of one medium. shape: (height, width) of a picture, (frames,) of a clip, (mel frames,) of a
+        sound; pictures that are made square need none."""
+        config.one_of("modality", modality, MEDIA)
+        if modality == "image":
+            return _image_views(self.image, shape)
+        c = getattr(self, modality)
+        time = -(-shape[0] // c.tubelet) if modality == "video" else -(-shape[0] // c.patch)
+        return (View((time, c.grid, c.grid) if modality == "video" else (time, 1, 1)),)
+
+    def count(self, modality: str, shape: tuple[int, ...] = ()) -> int:
+        """-> the positions in the stream that one medium of this shape takes."""
+        return sum(map(len, self.views(modality, shape)))
 
     @property
     def reach(self) -> int:
         """How many positions ahead of itself a query may see at most; keys beyond it need not be computed."""
         if self.prefix in ("media+prompt", "all"):
             return self.context - 1
-        return max(self.grid**2 - 1, 0) if self.prefix == "media" else 0
+        if self.prefix != "media":
+            return 0
+        return max([0, *(min(self.patches[k], largest(getattr(self, m))) - 1 for k, m in enumerate(MEDIA)
+                         if self.patches[k])])  # fmt: skip
+
+
+def _image_views(c: config.Image, shape: tuple[int, ...]) -> tuple[View, ...]:
+    whole = View((1, c.grid, c.grid))
+    if c.resize == "native":  # NaViT (Dehghani et al. 2023): the aspect stays, and at most size x size pixels
+        shrink = min(1.0, c.size / max(shape))
+        rows, columns = (min(max(round(side * shrink / c.patch), 1), c.grid) for side in shape)
+        return (View((1, rows, columns)),)
+    if not c.tiles or max(shape) <= c.size:
+        return (whole,)
+    # As LLaVA-NeXT (Liu et al. 2024): of the grids of 2 to `tiles` tiles the nearest to the picture's aspect, of equal
+    # ones that nearest to its number of pixels.
+    fitting = [(r, q) for r in range(1, c.tiles + 1) for q in range(1, c.tiles // r + 1) if r * q > 1]
+
+    def misfit(grid):
+        aspect = abs(math.log(grid[0] * shape[1] / (grid[1] * shape[0])))
+        return round(aspect, 6), abs(math.prod(grid) - math.prod(shape) / c.size**2), grid
+
+    rows, columns = min(fitting, key=misfit)
+    boxes = [(q / columns, r / rows, (q + 1) / columns, (r + 1) / rows) for r in range(rows) for q in range(columns)]
+    return (whole, *(View((1, c.grid, c.grid), box) for box in boxes))
+
+
+def largest(c: config.Image | config.Video | config.Audio) -> int:
+    """-> the most patches that one medium can have."""
+    if isinstance(c, config.Image):
+        return c.grid**2 * (1 + c.tiles)
+    if isinstance(c, config.Video):
+        return -(-c.frames // c.tubelet) * c.grid**2
+    return -(-round(c.seconds * 100) // c.patch)
 
 
 PREFIX = {"concat": "media", "prefix_lm": "media+prompt"}  # Fusion.kind -> Layout.prefix
@@ -62,23 +139,35 @@ PREFIX = {"concat": "media", "prefix_lm": "media+prompt"}  # Fusion.kind -> Layo
 
 def layout(model: config.Model, data: config.Data) -> Layout:
     config.one_of("model.fusion.kind", model.fusion.kind, tuple(PREFIX))
-    prefix = PREFIX[model.fusion.kind] if model.image.size else "none"
+    items, patches = [], []
+    for name in MEDIA:
+        c, budget = getattr(model, name), getattr(data, name)
+        items.append(budget.items * (1 + c.tiles if name == "image" else 1) if c else 0)
+        patches.append((budget.patches or budget.items * largest(c)) if c else 0)
+    # Without media there is nothing that attends both ways: a prompt of text alone does under prefix_lm.
+    prefix = PREFIX[model.fusion.kind] if any(items) or model.fusion.kind == "prefix_lm" else "none"
     return Layout(
         vocab=model.vocab,
         context=model.context,
-        size=model.image.size,
-        patch=model.image.patch,
-        items=data.media if model.image.size else 0,
         prefix=prefix if model.causal else "all",
+        image=model.image,
+        video=model.video,
+        audio=model.audio,
+        items=tuple(items),
+        patches=tuple(patches),
+        axes=model.axes,
         source=model.context if model.source else 0,
     )
 
 
 @flax.struct.dataclass
 class Media:
-    """The packed media of one modality: a row holds M patches of at most N items (Layout.patch_budget, .items)."""
+    """The packed media of one modality: a row holds M patches of at most N items (Layout.budget).
 
-    patch: Array  # [B,M,p] uint8: a patch's values, row by row, RGB
+    An item is a View: encoders attend within one.
+    """
+
+    patch: Array  # [B,M,p]: a patch's values; uint8 RGB of pixels, (frame,) row by row, or float32 log-mel frames
     index: Array  # [B,M,3] int32: (time, row, column) of the patch in its item
     item: Array  # [B,M] int32: which item of the row, from 1; 0 is padding
     at: Array  # [B,N] int32: stream index of the item's first placeholder; -1 is padding
@@ -99,12 +188,14 @@ class Batch:
 
     tokens: Array  # [B,T] int32: vocabulary id; at a media position the placeholder's id
     slot: Array  # [B,T] int32: which of the row's media features fills a media position; -1 elsewhere
-    position: Array  # [B,T,1] int32: position in the document, from 0
+    position: Array  # [B,T,A] int32: position in the document, from 0; A = 3: (time, row, column)
     document: Array  # [B,T] int32: which packed document, contiguous, from 1; 0 is padding
     ar: Array  # [B,T] bool: True opens a causal step, False continues the block
     target: Array  # [B,T] int32: what this position must output (already shifted for next-token prediction)
     weight: Array  # [B,T] float32: loss weight of `target`
     image: Media | None = None
+    video: Media | None = None
+    audio: Media | None = None
     source: Source | None = None
     token_type: Array | None = None  # [B,T] int32: row of the table of token types; None: 0 everywhere
 
@@ -129,11 +220,12 @@ class Fused:
 
 def empty(layout: Layout, rows: int) -> Batch:
     """-> a Batch of zeros in the layout's shapes, from which parameters are initialised."""
-    T, M, N = layout.context, layout.patch_budget, layout.items
-    image = None
-    if M:
-        image = Media(
-            patch=np.zeros((rows, M, layout.patch**2 * 3), np.uint8),
+    T = layout.context
+    media = {}
+    for name in layout.media:
+        (N, M), (p, dtype) = layout.budget(name), layout.values(name)
+        media[name] = Media(
+            patch=np.zeros((rows, M, p), dtype),
             index=np.zeros((rows, M, 3), np.int32),
             item=np.zeros((rows, M), np.int32),
             at=np.full((rows, N), -1, np.int32),
@@ -141,12 +233,12 @@ def empty(layout: Layout, rows: int) -> Batch:
     return Batch(
         tokens=np.zeros((rows, T), np.int32),
         slot=np.full((rows, T), -1, np.int32),
-        position=np.zeros((rows, T, 1), np.int32),
+        position=np.zeros((rows, T, layout.axes), np.int32),
         document=np.zeros((rows, T), np.int32),
         ar=np.ones((rows, T), bool),
         target=np.zeros((rows, T), np.int32),
         weight=np.zeros((rows, T), np.float32),
-        image=image,
+        **media,
         source=_empty_source(rows, layout.source) if layout.source else None,
     )
 

@@ -15,7 +15,7 @@ from absl import flags
 
 from gpt4v_jax import command, config, sharding
 from gpt4v_jax import eval as eval_lib
-from gpt4v_jax.data import sources
+from gpt4v_jax.data import mixture, sources
 from gpt4v_jax.eval import common
 from gpt4v_jax.training import step as step_lib
 from gpt4v_jax.training import workdir
@@ -29,16 +29,33 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
+# Metrics that are no share of right answers -> how the table calls them.
+OTHERS = {"loss_a_character": "nats a character", "wer": "word error rate", "bleu": "BLEU", "chrf": "chrF"}
+
+
 def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int | None = None) -> dict[str, dict]:
     """-> {split: {evaluator: Result}}, each also written to the workdir. Empty lists: see the flags."""
     trained = workdir.restore(folder, step)
-    run = trained.run
-    splits = splits or [name for name in sources.splits(run.data) if name != "train"]
-    evaluators = evaluators or [*run.eval.evaluators, *(["counted"] if run.model.image.size else [])]
-    if not evaluators:
-        raise config.InputError("the run's config names no evaluator: name one by --evaluator")
+    run, results = trained.run, {}
+    names = [entry.name for entry in mixture.entries(run.data)]
+    for name in names:
+        at = f"@{name}" if len(names) > 1 else ""  # of a mixture each evaluator names its data set
+        wanted = [x for x in evaluators or run.eval.evaluators if x.endswith(at)]
+        if not evaluators and f"questions{at}" in wanted:
+            wanted.append(f"counted{at}")
+        if wanted:
+            results |= _one(folder, trained, mixture.one(run, name), name if at else "", splits, wanted)
+    if not results:
+        raise config.InputError("no evaluator is named, neither by the run's config nor by --evaluator: name one"
+                                + (f", such as questions@{names[0]}" if len(names) > 1 else ""))
+    return results
+
+
+def _one(folder: Path, trained: workdir.Trained, run: config.Config, name: str, splits, evaluators):
+    """The evaluators of one data set on its splits; of a mixture the splits are called NAME-SPLIT."""
     with sharding.first_alone("data"):
-        sources.open_split(run.data, splits[0])
+        there = sources.splits(run.data)
+    splits = splits or [split for split in there if split != "train"]
     eval_step = jax.jit(step_lib.make_eval_step(trained.model))
     results: dict[str, dict] = {}
     for split in splits:
@@ -46,13 +63,16 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
         subject = common.Subject(
             run, trained.layout, trained.tokenizer, trained.mesh, eval_step, trained.params, source, split
         )
-        eval_lib.check(evaluators, source, run.data.name)
-        results[split] = {}
-        for name in evaluators:
-            result = results[split][name] = eval_lib.EVALUATORS[name](subject)
+        title = f"{name.replace('/', '-')}-{split}" if name else split
+        results[title] = {}
+        for evaluator in evaluators:
+            eval_lib.check(evaluator, source, run.data.name)
+            result = eval_lib.run(evaluator, subject)
+            short = eval_lib.named(evaluator)[0]
+            results[title][short] = result
             text = json.dumps(dataclasses.asdict(result), default=float)
             if sharding.is_first():
-                workdir.write(folder / "eval" / f"{split}-{name}" / f"{trained.step}.json", text)
+                workdir.write(folder / "eval" / f"{title}-{short}" / f"{trained.step}.json", text)
     return results
 
 
@@ -65,11 +85,22 @@ def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
         out.add_column(name, justify="right", no_wrap=True)
     first = next(iter(by_name.values()))  # all evaluators of a split ask the same questions
     for kind in [*sorted(first.kinds), "all"] if first.kinds else []:
-        cells = ["{:.3f} {:.3f}-{:.3f}".format(*result.share(kind)) for result in by_name.values()]
+        cells = [
+            "{:.3f} {:.3f}-{:.3f}".format(*result.share(kind)) if result.counts(kind)[1] else ""
+            for result in by_name.values()
+        ]
         out.add_row(kind, f"{first.counts(kind)[1]:,}", *cells)
     losses = [f"{result.metrics['loss']:.4f}" if "loss" in result.metrics else "" for result in by_name.values()]
     if any(losses):
         out.add_row("nats a token", "", *losses)
+    for metric, label in OTHERS.items():
+        cells = []
+        for result in by_name.values():
+            m = result.metrics
+            interval = " {:.3f}-{:.3f}".format(m[f"{metric}/low"], m[f"{metric}/high"]) if f"{metric}/low" in m else ""
+            cells.append(f"{m[metric]:.4f}{interval}" if metric in m else "")
+        if any(cells):
+            out.add_row(label, "", *cells)
     return out
 
 

@@ -105,8 +105,11 @@ def subject(ours, layout: batch_lib.Layout | None = None) -> str:
     """What one forward pass of the table is of."""
     if isinstance(ours, config.Model):
         source = f" beside a source of {layout.source:,}" if layout.source else ""
-        pictures = f", with {layout.items} pictures of {layout.grid**2} patches" if layout.size else ""
-        return f"a row of {layout.context:,} positions{source}{pictures}"
+        media = "".join(
+            f", with {items} {m}s of {patches // items} patches"
+            for m in layout.media for items, patches in [layout.budget(m)]
+        )  # fmt: skip
+        return f"a row of {layout.context:,} positions{source}{media.replace('audios', 'sounds')}"
     image = ours.image if isinstance(ours, config.Towers) else ours
     text = f" and a text of {ours.text.context} positions" if isinstance(ours, config.Towers) else ""
     return f"a picture of {image.size} x {image.size} pixels{text}"

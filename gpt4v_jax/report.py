@@ -4,6 +4,7 @@ The page is <workdir>/report.html, filled into the template beside this file. It
 gpt4v_jax.evaluate, and what the best checkpoint answers; where something is missing it says which command makes it.
 """
 
+import dataclasses
 import html
 import json
 import math
@@ -18,8 +19,9 @@ import rich.console
 import rich.table
 from absl import flags
 
+from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config, plots
-from gpt4v_jax.data import sources
+from gpt4v_jax.data import chat, clip, datasets, mixture, sound, sources, transforms
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.interpret import attention
@@ -31,6 +33,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", a
 _BLANK = flags.DEFINE_string("blank", None, "of the same model trained on blank pictures: a blind baseline")
 
 SHOWN, EXPLAINED = 24, 4  # questions in the grid; and with maps of attention
+FRAMES = 6  # of a clip that are shown
 EVALUATORS = {"questions": "model", "permuted": "permuted pictures", "blank": "blank training",
               "counted": "counted answers"}  # as the page calls them  # fmt: skip
 BAR = dict(zip(EVALUATORS, (A, B, D, C), strict=True))
@@ -51,9 +54,11 @@ def report(folder: Path, blank: Path | None = None) -> Path:
     lines, results = read_metrics(folder), read_results(folder, blank)
     try:
         trained = workdir.restore(folder)
-        answers, looks = _pictures(trained) if run.model.image.size else (_samples(trained), "")
+        answers, looks = _told(trained)
     except config.InputError as error:
         answers = looks = _missing(str(error), _command("train", folder))
+    texts = all(datasets.is_text(entry.name) for entry in mixture.entries(run.data))
+    chats = trained.chats if trained else not texts
     lede, tiles = _headline(run, environment, lines, results, trained)
     vocab, first = run.model.vocab, next((line for line in lines if line["step"] == 1 and "loss" in line), None)
     template = string.Template(Path(__file__).with_suffix(".html").read_text())
@@ -63,8 +68,8 @@ def report(folder: Path, blank: Path | None = None) -> Path:
         tiles="".join(f"<div><b>{value}</b><span>{html.escape(text)}</span></div>" for value, text in tiles),
         first_loss=f"The first loss is {first['loss']:.3f}; a guess at random costs ln {vocab} = {math.log(vocab):.3f}."
         if first and vocab else "",
-        of_pictures="" if run.model.image.size else "hidden",
-        verb="answers" if run.model.image.size else "writes",
+        of_pictures="" if run.model.image else "hidden",
+        verb="answers" if chats else "writes",
         training=_curves(lines) or _missing("no step has been logged yet", _command("train", folder)),
         kinds=_kinds(results) or _missing("no results of evaluations yet", _command("evaluate", folder)),
         answers=answers,
@@ -83,7 +88,7 @@ def read_metrics(folder: Path) -> list[dict]:
 def read_results(folder: Path, blank: Path | None = None) -> dict[str, dict[str, Found]]:
     """-> {split: {evaluator: its result}} of <workdir>/eval/<split>-<evaluator>/<step>.json; test first.
 
-    All are of one step, the newest that `questions` or `windows` evaluated; `counted` knows no step. The results of
+    All are of one step, the newest that was evaluated; `counted` knows no step. The results of
     `blank`'s "questions" are called "blank".
     """
     paths: dict[str, dict[str, dict[int, Path]]] = {}  # of a split, of an evaluator, at a step
@@ -92,7 +97,7 @@ def read_results(folder: Path, blank: Path | None = None) -> dict[str, dict[str,
         paths.setdefault(split, {}).setdefault(name, {})[int(path.stem)] = path
     results: dict[str, dict[str, Found]] = {}
     for split, by_name in paths.items():
-        step = max(by_name.get("questions") or by_name.get("windows") or [0])
+        step = max((max(at) for name, at in by_name.items() if name != "counted"), default=0)
         for name, at in by_name.items():
             step_here = max(at) if name == "counted" else step
             if step_here in at:
@@ -100,10 +105,10 @@ def read_results(folder: Path, blank: Path | None = None) -> dict[str, dict[str,
                 results.setdefault(split, {})[name] = Found(step_here, result)
     if blank:
         for key, (mine, its) in config.differences(workdir.load_config(folder), workdir.load_config(blank)).items():
-            if not re.fullmatch(rf"data\.pictures|eval\..*|{workdir.MAY_CHANGE}", key) or key == "steps":
+            if not re.fullmatch(rf"data\.blank|eval\..*|{workdir.MAY_CHANGE}", key) or key == "steps":
                 raise config.InputError(f"--blank {blank} is another run: its {key} is {its!r}, not {mine!r}")
-        if workdir.load_config(blank).data.pictures != "blank":
-            raise config.InputError(f"--blank {blank} was trained with pictures: name a run with data.pictures=blank")
+        if not workdir.load_config(blank).data.blank:
+            raise config.InputError(f"--blank {blank} was trained with its media: name a run with data.blank set")
         trained, steps = _last(read_metrics(blank), "step") or 0, workdir.load_config(blank).steps
         if trained < steps:
             raise config.InputError(f"--blank {blank} has trained {trained} of {steps} steps: let it end first")
@@ -147,7 +152,8 @@ def _headline(run, environment, lines, results, trained) -> tuple[str, list[tupl
         tiles.append((f"{minutes:.1f} min", "of training, evaluations included"))
     steps, devices = max((line["step"] for line in lines), default=0), environment.get("devices", [])
     where = f" on {len(devices)} x {devices[0]} ({environment.get('cores')} cores)" if devices else ""
-    return f"Here {size} was trained on {run.data.name} for {steps:,} of {run.steps:,} steps{where}.{found}", tiles
+    data = ", ".join(run.data.mixture) or run.data.name
+    return f"Here {size} was trained on {data} for {steps:,} of {run.steps:,} steps{where}.{found}", tiles
 
 
 def _curves(lines: list[dict]) -> str:
@@ -204,33 +210,72 @@ def _kinds(results: dict[str, dict[str, Found]]) -> str:
     return f'<div class="charts">{drawn}</div><div class="scroll">{table}</div>'
 
 
-def _pictures(trained: workdir.Trained) -> tuple[str, str]:
+def _told(trained: workdir.Trained) -> tuple[str, str]:
+    """-> (what the model answers, or how it goes on, of each data set; maps of attention for some pictures)."""
+    told, looks, names = "", "", [entry.name for entry in mixture.entries(trained.run.data)]
+    for name in names:
+        run = mixture.one(trained.run, name)
+        one = dataclasses.replace(trained, run=run)
+        title = f"<h3>{html.escape(name)}</h3>" if len(names) > 1 else ""
+        if datasets.is_text(name):
+            told += title + _samples(one)
+        else:
+            answers, maps = _answers(one, max(SHOWN // len(names), 4))
+            told, looks = told + title + answers, looks + maps
+    return told, looks
+
+
+def _seen(record: dict, layout) -> list[np.ndarray]:
+    """-> what can be shown of a record's media, uint8 [H,W,3]: its picture, frames side by side, a sound's log-mel with
+    low tones below."""
+    shown = []
+    for name in batch_lib.MEDIA:
+        data = sources.bytes_of(record[name]) if name in record else b""
+        if data and name == "image":
+            shown.append(transforms.decode_picture(data, layout.image.size))
+        if data and name == "video":
+            shown.append(np.concatenate(clip.decode(data, count=FRAMES)[0], axis=1))
+        if data and name == "audio":
+            mel = sound.log_mel(sound.decode(data), layout.audio.bins)
+            grey = np.uint8(255 * (mel - mel.min()) / max(np.ptp(mel), 1e-6)).T[::-1]
+            shown.append(np.repeat(grey[..., None], 3, axis=-1))
+    return shown
+
+
+def _answers(trained: workdir.Trained, count: int) -> tuple[str, str]:
     """-> (a grid of answers, maps of attention for some of them)."""
     splits = sources.splits(trained.run.data)
     split = "test" if "test" in splits else splits[-1]
     source = common.open_source(trained.run, split, trained.tokenizer, trained.layout)
-    items = sources.Questions(source).items
-    chosen = np.random.default_rng(0).choice(len(items), min(SHOWN, len(items)), replace=False)
-    turns, pictures = zip(*((items[i][1], source.picture(items[i][0])) for i in chosen), strict=True)
-    prompts = [decode.prompt(trained, turn.question, [i]) for i, turn in enumerate(turns)]
-    answers = decode.generate(trained, prompts, pictures, max_new_tokens=16)
+    records, asked = sources.open_split(trained.run.data, split), sources.Questions(source)
+    items = asked.items
+    chosen = np.random.default_rng(0).choice(len(items), min(count, len(items)), replace=False)
+    turns = [items[i][1] for i in chosen]
+    seen = [_seen(records[source.records[items[i][0]].number], trained.layout) for i in chosen]
+    unanswered = (asked.pieces(0, int(i), answered=False) for i in chosen)
+    prompts = [chat.document(pieces, asked.special, trained.layout) for pieces in unanswered]
+    longest = max(16, 2 * max(len(turn.answer_ids) for turn in turns))
+    answers = decode.generate(trained, prompts, asked.read, longest)
     right = [answer.text == turn.answer for answer, turn in zip(answers, turns, strict=True)]
     grid, looks, words = "", "", []
-    for turn, answer, hit, picture in zip(turns, answers, right, pictures, strict=True):
+    for turn, answer, hit, pictures in zip(turns, answers, right, seen, strict=True):
         mark = f'<span class="mark">{"✓ right" if hit else "✗ wrong"}</span>'
         said = f"<b>{html.escape(answer.text) or '(nothing)'}</b> {mark}"
         truth = "" if hit else f" <span>truth: <b>{html.escape(turn.answer)}</b></span>"
         words.append(f"<span>{html.escape(turn.question)}</span> <span>{said}</span>{truth}")
-        grid += f'<figure class="{"right" if hit else "wrong"}">{plots.img(picture, turn.question)}{words[-1]}</figure>'
+        shown = "".join(plots.img(picture, turn.question) for picture in pictures)
+        grid += f'<figure class="{"right" if hit else "wrong"}">{shown}{words[-1]}</figure>'
     drawn = f"{len(turns)} questions drawn at random from the {split} split (seed 0, not picked by hand)"
     drawn += f", answered by the checkpoint of step {trained.step:,}: {sum(right)} right."
     first_of_kind = {turn.kind: i for i, turn in reversed(list(enumerate(turns)))}
-    for i in sorted(first_of_kind.values())[:EXPLAINED]:
-        maps = attention.over_picture(trained, prompts[i], pictures[i], len(prompts[i]) - 1)
-        panels = f"<figure>{plots.img(pictures[i], 'the picture')}<figcaption>the picture</figcaption></figure>"
+    explained = [i for i in sorted(first_of_kind.values()) if any(m.modality == "image" for _, m in prompts[i].media)]
+    for i in explained[:EXPLAINED]:
+        picture = seen[i][0]
+        maps = attention.over_picture(trained, prompts[i], asked.read, len(prompts[i]) - 1)
+        panels = f"<figure>{plots.img(picture, 'the picture')}<figcaption>the picture</figcaption></figure>"
         for name, heat in [*((f"layer {k}", m) for k, m in enumerate(maps, 1)), ("mean of layers", maps.mean(0))]:
             shares = f"{heat.sum():.0%} on the picture, {heat.max():.1%} on one patch"
-            panels += f"<figure>{plots.img(plots.heat(pictures[i], heat), name)}"
+            panels += f"<figure>{plots.img(plots.heat(picture, heat), name)}"
             panels += f"<figcaption><b>{name}</b><br>{shares}</figcaption></figure>"
         mark = "right" if right[i] else "wrong"
         looks += f'<div class="looks {mark}"><p>{words[i]}</p><div class="maps">{panels}</div></div>'
@@ -241,11 +286,11 @@ def _samples(trained: workdir.Trained) -> str:
     """How the model goes on with the beginnings of some windows of the held-out text."""
     split = [split for split in sources.splits(trained.run.data) if split != "train"][-1]
     source = common.open_source(trained.run, split, trained.tokenizer, trained.layout)
-    count, context, sampling = len(source.sizes(0)[0]), trained.layout.context, sample.Sampling(temperature=0.8)
+    count, context, sampling = len(source.needs(0)), trained.layout.context, sample.Sampling(temperature=0.8)
     windows = np.random.default_rng(0).choice(count, min(4, count), replace=False)
     given = [trained.tokenizer.decode(source.document(0, int(i)).tokens[: context // 4]) for i in windows]
     prompts = [decode.prompt(trained, text) for text in given]
-    answers = decode.generate(trained, prompts, (), context, sampling)
+    answers = decode.generate(trained, prompts, None, context, sampling)
     texts = "".join(
         f'<pre class="sample"><span class="given">{html.escape(text)}</span>{html.escape(answer.text)}</pre>'
         for text, answer in zip(given, answers, strict=True)

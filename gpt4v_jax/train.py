@@ -5,6 +5,7 @@ Exit status: 0 done, 2 bad input, 3 the guard stopped the run, 75 it was asked t
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config, sharding
 from gpt4v_jax import eval as eval_lib
-from gpt4v_jax.data import packing, pipeline, sources
+from gpt4v_jax.data import mixture, packing, pipeline
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.eval import common
 from gpt4v_jax.interop import parts
@@ -97,7 +98,7 @@ class Stream:
     tokenizer: tokenizer_lib.Tokenizer
     source: Any
     plan: packing.RowPlan
-    held_out: Any  # the validation split's source, or None
+    held_out: dict[str, Any]  # of each data set that is evaluated its validation split's source
 
 
 def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resumes: bool) -> Stream:
@@ -105,19 +106,23 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     if resumes:
         workdir.check_same(folder, run, r"(?!model\.)")  # a model's parameters say more: they are compared later
     with sharding.first_alone("data"):
-        records = sources.open_split(run.data, "train")
+        records = mixture.open_train(run.data)
     if resumes:
         tokenizer = tokenizer_lib.load(folder / "tokenizer.json", run.data.end)
     else:
-        tokenizer = tokenizer_lib.train(run.data.tokenizer, sources.corpus(run.data), run.data.vocab, run.data.end)
+        tokenizer = tokenizer_lib.train(run.data.tokenizer, mixture.corpus(run.data), run.data.vocab, run.data.end)
     there = workdir.load_config(folder).model.vocab if resumes else parts.vocab(run)
     vocab = run.model.vocab or max(tokenizer.vocab, there)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=vocab))
     layout = batch_lib.layout(run.model, run.data)
-    source = sources.from_records(records, run.data, tokenizer, layout, run.seed)
-    plan = packing.RowPlan(source.sizes, layout, run.seed)
-    held_out = common.open_source(run, "validation", tokenizer, layout, run.eval.limit) if run.eval.evaluators else None
-    eval_lib.check(run.eval.evaluators, held_out, run.data.name)
+    source = mixture.train_source(records, run.data, tokenizer, layout, run.seed)
+    plan = packing.RowPlan(source.needs, layout, run.seed)
+    held_out = {}
+    for evaluator in run.eval.evaluators:
+        name = eval_lib.named(evaluator)[1]
+        if name not in held_out:
+            held_out[name] = common.open_source(mixture.one(run, name), "validation", tokenizer, layout, run.eval.limit)
+        eval_lib.check(evaluator, held_out[name], name or run.data.name)
     sharding.barrier("config or tokenizer", config.to_json(run) + tokenizer.to_json())
     if run.init_from.run and not resumes:
         partial.check(run, tokenizer)
@@ -154,15 +159,17 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
     """-> evaluate(state) -> {"evaluator/metric": value}; `check` may raise to leave it undone."""
     run = stream.run
     eval_step = jax.jit(step_lib.make_eval_step(model))
-    subject = common.Subject(
-        run, stream.layout, stream.tokenizer, mesh, eval_step, None, stream.held_out, "validation", check
-    )
 
     def evaluate(state) -> dict[str, float]:
         params, results = state.params if state.ema is None else state.ema, {}
-        for name in run.eval.evaluators:
-            result = eval_lib.EVALUATORS[name](dataclasses.replace(subject, params=params))
-            results |= {f"{name}/{key}": float(value) for key, value in result.metrics.items()}
+        for evaluator in run.eval.evaluators:
+            data_set = eval_lib.named(evaluator)[1]
+            subject = common.Subject(
+                mixture.one(run, data_set), stream.layout, stream.tokenizer, mesh, eval_step, params,
+                stream.held_out[data_set], "validation", check,
+            )  # fmt: skip
+            result = eval_lib.run(evaluator, subject)
+            results |= {f"{evaluator}/{key}": float(value) for key, value in result.metrics.items()}
         if run.eval.best:
             config.one_of("eval.best", run.eval.best, tuple(results))
         return results
@@ -178,7 +185,7 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
     run, start = stream.run, int(state.step)
     report = metrics.Report(folder, start, run.steps, run.log_every, run.batch * run.model.context, clock)
     report.line("\n".join([summary(stream, state.params, mesh, start), *lines]))
-    evaluate = make_evaluate(stream, mesh, model, asked.check)
+    evaluate, tally = make_evaluate(stream, mesh, model, asked.check), mixture.Tally(stream.source, stream.plan)
     batches = pipeline.batches(
         stream.source, stream.plan, stream.layout, run.batch, start, run.steps, run.data.threads,
         sharding.local_rows(mesh, run.batch),
@@ -221,7 +228,7 @@ def loop(stream: Stream, folder: Path, mesh, model, tx, state, checkpoints, cloc
             while step < run.steps and not leaving:
                 step += 1
                 state, values = train_step(state, batch)
-                report.step(step, values, epoch_after(step - 1))
+                report.step(step, values, epoch_after(step - 1), functools.partial(tally.to, step * run.batch))
                 if step < run.steps:
                     batch = next_batch()
                 if before is not None:
@@ -271,15 +278,21 @@ def summary(stream: Stream, params, mesh, start: int) -> str:
     run, layout, source, tokenizer = stream.run, stream.layout, stream.source, stream.tokenizer
     counts = flops.parameters(params)
     step_flops = flops.train_step(run.model, layout, run.batch)
-    lengths, media = source.sizes(0)
+    needs = source.needs(0)
+    fit, share = packing.fits(needs, layout), packing.used(needs, layout, stream.plan.epoch(0))
+    many = {m: int(needs[fit, 1 + 2 * k].sum()) for k, m in enumerate(batch_lib.MEDIA) if layout.items[k]}
+    names = ", ".join(run.data.mixture) or run.data.name
+    dropped = f"; {(~fit).sum():,} dropped, which no row can hold" if not fit.all() else ""
     modules = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     return "\n".join([
         f"parameters  {sum(counts.values()):,} ({modules})",
         f"a step      {run.batch} rows x {run.model.context} = {run.batch * run.model.context:,} positions, "
         f"{step_flops / 1e9:,.1f} GFLOP (attention counted whole)",
         f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
-        f"data        {run.data.name}: {len(lengths):,} documents, {lengths.sum():,} positions, "
-        f"{media.sum():,} pictures an epoch; vocabulary {tokenizer.vocab}, fusion {run.model.fusion.kind}",
+        f"data        {names}: {len(needs):,} documents an epoch{dropped}, {needs[fit, 0].sum():,} positions"
+        + "".join(f", {n:,} {m}" for m, n in many.items()),
+        "rows        " + ", ".join(f"{part:.1%} of {name}" for name, part in share.items()) + " used; "
+        f"vocabulary {tokenizer.vocab}, fusion {run.model.fusion.kind}",
         f"steps       {run.steps:,}" + (f", resumed after {start:,}" if start else ""),
     ])  # fmt: skip
 

@@ -92,8 +92,11 @@ def test_permuted_asks_of_another_picture(folder):
         questions.permuted(subject)
     own, other = ([asking.pieces(0, i) for i in range(len(asking.items))] for asking in asked)
     assert [pieces[1:] for pieces in own] == [pieces[1:] for pieces in other]
-    pairs = {(a[0].picture, b[0].picture) for a, b in zip(own, other, strict=True)}
-    scenes = set(range(len(source.turns)))
+    assert all(a[0].medium.modality == "image" and a[0].medium.shape == b[0].medium.shape
+               for a, b in zip(own, other, strict=True))  # fmt: skip
+    pairs = {(a[0].medium.key[0][0], b[0].medium.key[0][0]) for a, b in zip(own, other, strict=True)}
+    scenes = {record.number for record in source.records}
+    assert scenes == set(range(32))
     assert all(a != b for a, b in pairs) and {a for a, _ in pairs} == {b for _, b in pairs} == scenes
     assert len(pairs) == len(scenes)
 

@@ -19,7 +19,7 @@ def get_config():
     config.model.vocab, config.model.context = {vocab}, 64
     config.model.backbone.update(depth=2, width=64, heads=2)
     config.model.image.update(size=16, patch=8)
-    config.data.media = 3
+    config.data.image.items = 3
     config.data.tokenizer = {tokenizer!r}
     return config
 """
@@ -108,7 +108,7 @@ def test_order_of_the_table():
 def test_run(ran, tmp_path):
     status, out, _ = ran(f"--config={written(tmp_path)}")
     assert status == 0 and "vocabulary" not in out
-    assert out.splitlines()[0].strip() == "digits_world: a row of 64 positions, with 3 pictures of 4 patches"
+    assert out.splitlines()[0].strip() == "digits_world: a row of 64 positions, with 3 images of 4 patches"
     table, T, d, V = rows(out), 64, 64, 300
     assert table["text/embed"] == [f"{V * d:,}"]
     patches, blocks = 192 * d + d + 4 * d, 24 * d**2 + 5 * d  # with bias and positions; with norms

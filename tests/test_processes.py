@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import config, sharding
-from gpt4v_jax.data import packing, pipeline
+from gpt4v_jax.data import chat, packing, pipeline
 from gpt4v_jax.eval import common
 from gpt4v_jax.training import checkpoint, optim
 from gpt4v_jax.training import step as step_lib
@@ -44,13 +44,12 @@ class Source:
     def document(self, epoch, i):
         return tiny.document(TEXTS[i], MODULE.layout, seed=epoch * 100 + i)
 
-    def sizes(self, epoch):
-        documents = [self.document(epoch, i) for i in range(len(TEXTS))]
-        return np.array([len(d) for d in documents]), np.array([len(d.pictures) for d in documents])
+    def needs(self, epoch):
+        return np.array([chat.needs(tiny.pieces(text, epoch * 100 + i), MODULE.layout) for i, text in enumerate(TEXTS)])
 
-    def picture(self, key):
-        self.decoded.append(key)
-        return tiny.picture(key)
+    def read(self, medium):
+        self.decoded.append(medium.key)
+        return tiny.reader(MODULE.layout)(medium)
 
 
 def train(mesh, learns: bool = True) -> dict:
@@ -59,7 +58,7 @@ def train(mesh, learns: bool = True) -> dict:
     source, other = Source(), Source()
     share = sharding.local_rows(mesh, ROWS)
     streams = [
-        pipeline.batches(s, packing.RowPlan(s.sizes, MODULE.layout, 5), MODULE.layout, ROWS, 0, STEPS, share=rows)
+        pipeline.batches(s, packing.RowPlan(s.needs, MODULE.layout, 5), MODULE.layout, ROWS, 0, STEPS, share=rows)
         for s, rows in ((source, share), (other, None))
     ]
     batches, held = [], 0

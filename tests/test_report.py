@@ -108,7 +108,7 @@ def test_right_and_wrong_answers_are_marked(folder, monkeypatch, page):  # noqa:
     asked, real = [], report.sources.Questions
     monkeypatch.setattr(report.sources, "Questions", lambda source: asked.append(real(source)) or asked[0])
 
-    def generate(trained, prompts, pictures, **rest):
+    def generate(trained, prompts, *rest):
         turns = [turn for _, turn in asked[0].items]
         chosen = np.random.default_rng(0).choice(len(turns), len(prompts), replace=False)
         return [decode.Answer(turns[k].answer if i % 3 else "<i>", (), "stop") for i, k in enumerate(chosen)]
@@ -148,7 +148,7 @@ def blank(folder, page, tmp_path):  # noqa: F811
     run = json.loads((folder / "config.json").read_text())
     copy = tmp_path / "blank"
     copy.mkdir()
-    (copy / "config.json").write_text(json.dumps(run | {"data": run["data"] | {"pictures": "blank"}}))
+    (copy / "config.json").write_text(json.dumps(run | {"data": run["data"] | {"blank": ["image"]}}))
     (copy / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
     for split in ("test", "compositional"):
         kinds = {kind: [0, asked] for kind, (_, asked) in evaluated(folder)[split]["questions"].kinds.items()}
@@ -166,7 +166,7 @@ def test_a_model_trained_blind_stands_beside_the_model(folder, blank):  # noqa: 
 
 
 def test_what_is_no_blind_run_is_refused(folder, page, blank):  # noqa: F811
-    with pytest.raises(config.InputError, match="was trained with pictures: name a run with data.pictures=blank"):
+    with pytest.raises(config.InputError, match="was trained with its media: name a run with data.blank set"):
         report.report(folder, folder)
     run = json.loads((blank / "config.json").read_text())
     (blank / "config.json").write_text(json.dumps(run | {"steps": 3}))

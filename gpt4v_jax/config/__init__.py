@@ -6,7 +6,18 @@ default.
 """
 
 from gpt4v_jax.config.check import InputError, at_least, nearest, one_of
-from gpt4v_jax.config.model import ACTIVATIONS, BIASES, Backbone, Fusion, Image, Model, RopeScaling, Towers
+from gpt4v_jax.config.model import (
+    ACTIVATIONS,
+    BIASES,
+    Audio,
+    Backbone,
+    Fusion,
+    Image,
+    Model,
+    RopeScaling,
+    Towers,
+    Video,
+)
 from gpt4v_jax.config.parse import (
     arguments,
     default,
@@ -18,10 +29,11 @@ from gpt4v_jax.config.parse import (
     sections,
     to_json,
 )
-from gpt4v_jax.config.run import Compute, Config, Data, Eval, Guard, InitFrom, Mesh, Optim
+from gpt4v_jax.config.run import Budget, Compute, Config, Data, Eval, Guard, InitFrom, Mesh, Optim
 
 __all__ = [
-    "ACTIVATIONS", "BIASES", "Backbone", "Compute", "Config", "Data", "Eval", "Fusion", "Guard", "Image", "InitFrom",
-    "InputError", "Mesh", "Model", "Optim", "RopeScaling", "Towers", "arguments", "at_least", "default", "differences",
-    "from_flag", "from_json", "nearest", "one_of", "parse", "section", "sections", "to_json",
+    "ACTIVATIONS", "Audio", "BIASES", "Backbone", "Budget", "Compute", "Config", "Data", "Eval", "Fusion", "Guard",
+    "Image", "InitFrom", "InputError", "Mesh", "Model", "Optim", "RopeScaling", "Towers", "Video", "arguments",
+    "at_least", "default", "differences", "from_flag", "from_json", "nearest", "one_of", "parse", "section",
+    "sections", "to_json",
 ]  # fmt: skip

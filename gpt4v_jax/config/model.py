@@ -89,13 +89,15 @@ class Backbone:
 class Image:
     """How pictures enter. `size` 0: the model reads none."""
 
-    size: int = 0  # pictures are resized to size x size pixels; right and bottom beyond whole patches are left out
+    size: int = 0  # pixels of the longer side at most; right and bottom beyond whole patches are left out
+    resize: str = "square"  # square: to size x size | pad: on grey, the aspect stays | native: the aspect stays, packed
+    tiles: int = 0  # a picture larger than size is its thumbnail and at most so many tiles of size x size; 0: no tiles
     patch: int = 16  # a patch is patch x patch x 3 values
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of red, green, blue in [0, 1]: x becomes (x - mean) / std
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to (Kumar et al. 2023)
     patch_bias: bool = True
-    position: str = "learned"  # learned | none: added to the patches, beside the backbone's own positions
+    position: str = "learned"  # learned: added to the patches | rope: of the encoder, by row and column | none
     class_token: bool = False  # a learned vector before the patches, with a position of its own
     mask_token: bool = False  # a learned vector for hidden patches (DINOv2); kept, not used yet
     pre_norm: bool = False  # LayerNorm before the encoder (CLIP)
@@ -105,27 +107,111 @@ class Image:
     classes: int = 0  # of an ImageTower: outputs of its head; 0: no head
     head_bias: bool = True
 
+    def __bool__(self) -> bool:
+        """Whether the model reads pictures."""
+        return self.size > 0
+
     @property
     def grid(self) -> int:
         """Patches along one side."""
         return self.size // self.patch
 
+    @property
+    def values(self) -> int:
+        """Of one patch."""
+        return self.patch**2 * 3
+
     def __post_init__(self):
-        one_of("position", self.position, ("learned", "none"))
+        one_of("position", self.position, ("learned", "rope", "none"))
+        one_of("resize", self.resize, ("square", "pad", "native"))
         one_of("pool", self.pool, ("none", "class", "map"))
-        at_least(0, size=self.size)
+        at_least(0, size=self.size, tiles=self.tiles)
         at_least(1, patch=self.patch)
-        if self.size % self.patch and not self.encoder:  # encoders leave the rest out, as a convolution does
-            raise InputError(f"image.size={self.size} is not a multiple of image.patch={self.patch}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or name == "std" and min(values) <= 0:
-                raise InputError(f"image.{name}={values} must be three numbers{', each above 0' * (name == 'std')}")
+        _check_pixels("image", self)
+        if self.tiles == 1 or self.tiles and self.resize == "native":
+            raise InputError(f"image.tiles={self.tiles} with image.resize={self.resize!r}: 2 tiles or more, and native "
+                             "pictures have none: raise image.size instead")
         if (self.class_token or self.pre_norm) and not self.encoder:
             raise InputError("image.class_token and image.pre_norm are an encoder's: set image.encoder")
+        if self.class_token and self.position == "rope":
+            raise InputError("image.class_token has no row and column: with image.position='rope' set it to False")
         if self.pool == "map" and self.pool_norm:
             raise InputError("image.pool='map' norms all vectors: set image.pool_norm to False")
         if self.pool == "class" and not self.class_token:
             raise InputError("image.pool='class' needs image.class_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """How clips enter: frames of size x size pixels, in patches of `tubelet` frames (ViViT, Arnab et al. 2021)."""
+
+    size: int = 0  # 0: the model reads no clips
+    patch: int = 16
+    frames: int = 8  # of a clip at most, evenly over it
+    rate: float = 0.0  # frames a second, as long as they are not more than `frames`; 0: always `frames`, if it has them
+    tubelet: int = 1  # frames that a patch spans; 1: each frame by itself
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    patch_norm: bool = False
+    patch_bias: bool = True
+    position: str = "learned"  # learned: tables of place and of time | rope: of the encoder | none
+    encoder: Backbone | None = None
+
+    def __bool__(self) -> bool:
+        return self.size > 0
+
+    @property
+    def grid(self) -> int:
+        return self.size // self.patch
+
+    @property
+    def values(self) -> int:
+        return self.tubelet * self.patch**2 * 3
+
+    def __post_init__(self):
+        one_of("position", self.position, ("learned", "rope", "none"))
+        at_least(0, size=self.size, rate=self.rate)
+        at_least(1, patch=self.patch, frames=self.frames, tubelet=self.tubelet)
+        _check_pixels("video", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Audio:
+    """How sound enters: log-mel frames, 100 a second (Radford et al. 2022), `patch` of them in a position."""
+
+    bins: int = 0  # of the mel scale: 80 | 128; 0: the model reads no sound
+    patch: int = 4
+    seconds: float = 30.0  # longer sounds are dropped
+    front: str = "patch"  # patch: one linear map | conv: two convolutions with GELU, the second of stride `patch`
+    patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to
+    position: str = "sinusoid"  # added to the patches | rope: of the encoder | none
+    encoder: Backbone | None = None
+
+    def __bool__(self) -> bool:
+        return self.bins > 0
+
+    @property
+    def values(self) -> int:
+        return self.patch * self.bins
+
+    def __post_init__(self):
+        one_of("position", self.position, ("sinusoid", "rope", "none"))
+        one_of("front", self.front, ("patch", "conv"))
+        at_least(0, bins=self.bins)
+        at_least(1, patch=self.patch)
+        at_least(0.01, seconds=self.seconds)
+        if self.position == "rope" and not self.encoder:
+            raise InputError("audio.position='rope' is an encoder's: set audio.encoder, or another position")
+
+
+def _check_pixels(name: str, c: "Image | Video") -> None:
+    if c.size % c.patch and not c.encoder:  # encoders leave the rest out, as a convolution does
+        raise InputError(f"{name}.size={c.size} is not a multiple of {name}.patch={c.patch}")
+    if c.position == "rope" and not c.encoder:
+        raise InputError(f"{name}.position='rope' is an encoder's: set {name}.encoder, or another position")
+    for key, values in (("mean", c.mean), ("std", c.std)):
+        if len(values) != 3 or key == "std" and min(values) <= 0:
+            raise InputError(f"{name}.{key}={values} must be three numbers{', each above 0' * (key == 'std')}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +225,7 @@ class Model:
     context: int = 256  # positions in a row of the stream, T
     causal: bool = True  # False: every position of a document sees all of it (BERT)
     position: str = "rope"  # rope | learned: a table of absolute positions | none
+    axes: int = 1  # of rope's positions: 1 | 3: (time, row, column) of patches, three times the same of text
     position_offset: int = 0  # the table's first rows, which no position reads (BART has 2)
     token_types: int = 0  # rows of the table for Batch.token_type (BERT has 2); 0: none
     embed_scale: float = 1.0  # of token embeddings (Gemma: sqrt(width))
@@ -152,6 +239,8 @@ class Model:
     backbone: Backbone = Backbone()
     source: Backbone | None = None  # the encoder of Batch.source, which `cross` blocks of the backbone read
     image: Image = Image()
+    video: Video = Video()
+    audio: Audio = Audio()
     fusion: Fusion = Fusion()
 
     def __post_init__(self):
@@ -159,10 +248,16 @@ class Model:
         if self.head_hidden:
             one_of("head_hidden", self.head_hidden, ACTIVATIONS)
         at_least(1, context=self.context)
+        if self.axes not in (1, 3) or self.axes == 3 and self.position != "rope":
+            raise InputError(f"axes={self.axes} must be 1, or with position='rope' 3")
         at_least(0, position_offset=self.position_offset, token_types=self.token_types, logit_cap=self.logit_cap)
         for stack in (self.backbone, self.source):
             if stack and self.position == "rope" and stack.head_dim % 2:
                 raise InputError(f"backbone.head_dim={stack.head_dim} must be even, for rope turns pairs")
+        turned = [medium.encoder for medium in (self.image, self.video, self.audio) if medium.position == "rope"]
+        for stack in turned + ([self.backbone] if self.axes == 3 else []):
+            if stack.head_dim < 6:
+                raise InputError(f"head_dim={stack.head_dim} must be 6 or more for rope over three axes")
         if ("cross" in self.backbone.kinds) != (self.source is not None):
             raise InputError(f"backbone.pattern={self.backbone.pattern}: cross blocks and model.source need each other")
         if self.source and (self.source.width != self.backbone.width or "cross" in self.source.kinds):

@@ -7,25 +7,52 @@ from gpt4v_jax.config.model import Model
 
 
 @dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a row has room for of one modality; packing fills it as it fills the row."""
+
+    items: int = 4  # media
+    patches: int = 0  # positions of all of them together; 0: items x those of the largest
+
+    def __post_init__(self):
+        at_least(1, items=self.items)
+        at_least(0, patches=self.patches)
+
+
+AUGMENT = ("shift", "flip", "voice", "mask")
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
-    name: str = "digits_world"  # a data set of gpt4v_jax.data.datasets
+    name: str = "digits_world"  # of ours, or tfds:NAME, llava:FILE, jsonl:FILE, folder:DIR; docs/data.md
+    mixture: tuple[str, ...] = ()  # instead of name, several: "name: weight" or "name: first:10%"; docs/data.md
     dir: str = ""  # where raw files are looked for; "" means the environment's GPT4V_DATA_DIR
     cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
-    tokenizer: str = "bpe"  # bpe | char: trained on the training split | a tokenizer.json; kept in the workdir
-    vocab: int = 512  # upper bound on the vocabulary of a trained BPE
+    tokenizer: str = "bpe"  # byte | bpe | wordpiece | char: from the training split | a file; docs/tokenizers.md
+    vocab: int = 512  # upper bound on the vocabulary of a trained BPE or WordPiece
     start: tuple[str, ...] = ()  # tokens with which an encoder-decoder's answer starts
     end: tuple[str, ...] = ("<end>",)  # tokens that end an answer; imported tokenizers have their own
-    pictures: str = "real"  # real | blank: the blind baseline's
-    turns: int = 8  # questions of one picture in one training document, at most; 0: none is asked
+    blank: tuple[str, ...] = ()  # image | video | audio that are grey, or silent: the blind baseline's
+    augment: tuple[str, ...] = ()  # in training: shift, flip pictures and clips | voice, mask: sounds
+    turns: int = 8  # questions of one record in one training document, at most; 0: none is asked
     captions: int = 4  # captions of one picture in an epoch, at most, each in a document of its own
-    media: int = 4  # pictures a row can hold: the patch budget is media x patches a picture
+    window: int = 0  # plain texts are read in windows of so many tokens; 0: of the context
+    image: Budget = Budget()  # pictures that a row has room for
+    video: Budget = Budget()
+    audio: Budget = Budget()
+    bad: float = 0.01  # share of records that may be unusable before the run stops
     limit: int = 0  # use only so many training records; 0 means all
     threads: int = 2  # that read ahead; 0 reads in line
 
     def __post_init__(self):
-        one_of("pictures", self.pictures, ("real", "blank"))
-        at_least(0, turns=self.turns, captions=self.captions, limit=self.limit, threads=self.threads)
-        at_least(1, media=self.media, vocab=self.vocab)
+        for name in self.blank:
+            one_of("blank", name, ("image", "video", "audio"))
+        for name in self.augment:
+            one_of("augment", name, AUGMENT)
+        at_least(0, turns=self.turns, captions=self.captions, limit=self.limit, window=self.window,
+                 threads=self.threads)  # fmt: skip
+        at_least(1, vocab=self.vocab)
+        if not 0 <= self.bad <= 1:
+            raise InputError(f"bad={self.bad} must be a share, from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)

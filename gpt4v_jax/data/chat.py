@@ -4,7 +4,7 @@ A document's trained tokens are the assistant's pieces and their `<end>`; a mask
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -12,12 +12,21 @@ from gpt4v_jax import batch as batch_lib
 
 
 @dataclasses.dataclass(frozen=True)
+class Medium:
+    """A picture, clip or sound that is decoded when its row is filled; `shape` is Layout.views', known before that."""
+
+    modality: str  # image | video | audio
+    key: Hashable  # what its source reads it by
+    shape: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
-    """One turn's text, or one picture (`picture`: its key in the source; `ids` is then empty)."""
+    """A part of one turn: text, or a medium."""
 
     role: str  # user | assistant
     ids: Sequence[int] = ()
-    picture: int = -1
+    medium: Medium | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Document:
     target: np.ndarray  # int32
     weight: np.ndarray  # float32
     ar: np.ndarray  # bool
-    pictures: tuple[tuple[int, int], ...] = ()  # (position of the first placeholder, key in the source)
+    media: tuple[tuple[int, Medium], ...] = ()  # (position of the first placeholder, the medium)
     source: tuple[int, ...] = ()  # tokens that a separate encoder reads
 
     def __len__(self) -> int:
@@ -36,39 +45,65 @@ class Document:
 
 
 def document(pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib.Layout) -> Document:
-    """Lays pieces one after the other: `<user>` text `<assistant>` text `<end>` ...; a picture is its placeholders.
+    """Lays turns one after the other: `<user>` pieces `<assistant>` pieces `<end>` ...; a medium is its placeholders.
 
-    A conversation that ends with the user's piece is a prompt: `<assistant>` follows it, and nothing is trained.
+    A conversation that ends with the user's turn is a prompt: `<assistant>` follows it, and nothing is trained.
     """
-    tokens, trained, ar, pictures = [], [], [], []
+    tokens, trained, ar, media = [], [], [], []
 
     def lay(ids, train, block=False):
         tokens.extend(ids)
         trained.extend([train] * len(ids))
-        ar.extend([True] + [not block] * (len(ids) - 1))
+        ar.extend([True] + [not block] * (len(ids) - 1) if ids else [])
 
+    role = ""
     for piece in pieces:
-        if piece.picture >= 0:
-            pictures.append((len(tokens), piece.picture))
-            lay([special["<image>"]] * layout.count("image")[0], False, block=layout.prefix != "none")
-        elif piece.role == "user":
-            lay([special["<user>"], *piece.ids, special["<assistant>"]], False)
+        if piece.role != role:
+            if role == "assistant":
+                lay([special["<end>"]], True)
+            lay([special[f"<{piece.role}>"]], False)
+            role = piece.role
+        if piece.medium:
+            media.append((len(tokens), piece.medium))
+            count = layout.count(piece.medium.modality, piece.medium.shape)
+            lay([special[f"<{piece.medium.modality}>"]] * count, False, block=layout.prefix != "none")
         else:
-            lay([*piece.ids, special["<end>"]], True)
+            lay(list(piece.ids), role == "assistant")
+    lay([special["<end>" if role == "assistant" else "<assistant>"]], role == "assistant")
     if layout.prefix == "media+prompt":
         first = trained.index(True) if True in trained else len(trained)
         ar[1:first] = [False] * (first - 1)
-    return shifted(np.array(tokens, np.int32), np.array(trained), np.array(ar), tuple(pictures))
+    return shifted(np.array(tokens, np.int32), np.array(trained), np.array(ar), tuple(media))
 
 
-def length(pieces: Iterable[Piece], layout: batch_lib.Layout) -> int:
+def length(pieces: Sequence[Piece], layout: batch_lib.Layout) -> int:
     """How many positions `document` will lay, without laying them."""
-    extra = {"user": 2, "assistant": 1}
-    return sum(layout.count("image")[0] if p.picture >= 0 else len(p.ids) + extra[p.role] for p in pieces)
+    total, role = 1, ""
+    for piece in pieces:
+        total += 0 if piece.role == role else 2 if role == "assistant" else 1
+        total += layout.count(piece.medium.modality, piece.medium.shape) if piece.medium else len(piece.ids)
+        role = piece.role
+    return total
 
 
-def shifted(tokens, trained, ar, pictures=()) -> Document:
+def needs(pieces: Sequence[Piece], layout: batch_lib.Layout) -> tuple[int, ...]:
+    """-> what a document takes of a row: positions, then items and patches of each of batch.MEDIA (Layout.room)."""
+    return (length(pieces, layout), *media_needs([p.medium for p in pieces if p.medium], layout))
+
+
+def media_needs(media: Iterable[Medium], layout: batch_lib.Layout) -> tuple[int, ...]:
+    """-> (items, patches) of each of batch.MEDIA, one after the other."""
+    taken = [0] * (2 * len(batch_lib.MEDIA))
+    for medium in media:
+        k = 2 * batch_lib.MEDIA.index(medium.modality)
+        views = layout.views(medium.modality, medium.shape)
+        taken[k] += len(views)
+        taken[k + 1] += sum(map(len, views))
+    return tuple(taken)
+
+
+def shifted(tokens, trained, ar, media=()) -> Document:
     """Next-token targets: position t outputs token t + 1, where that one is trained and opens a causal step."""
     target = np.append(tokens[1:], 0).astype(np.int32)
     weight = np.append((trained & ar)[1:], False).astype(np.float32)
-    return Document(tokens, target, weight, ar, pictures)
+    return Document(tokens, target, weight, ar, media)

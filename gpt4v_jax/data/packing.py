@@ -14,73 +14,95 @@ import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data.chat import Document
+from gpt4v_jax.data.chat import Document, Medium
+from gpt4v_jax.data.transforms import BadMedium
 
 OPEN_ROWS = 32  # rows that wait for a document that still fits
 
 
-def plan_epoch(lengths: np.ndarray, items: np.ndarray, layout: batch_lib.Layout, seed: int | None, epoch: int):
+def plan_epoch(needs: np.ndarray, layout: batch_lib.Layout, seed: int | None, epoch: int) -> list[list[int]]:
     """-> rows, each a list of document numbers: first fit, in an order drawn from (seed, epoch); seed None: in order.
 
-    lengths [n]: positions of each document; items [n]: its media. Raises InputError for one that no row can hold.
+    needs [n, len(Layout.room)]: what each document takes of a row (chat.needs). One that no row can hold is in none.
     """
-    if len(lengths) and lengths.max() > layout.context:
-        worst = int(lengths.argmax())
-        raise config.InputError(
-            f"document {worst} needs {lengths[worst]} positions, model.context={layout.context} has room for fewer: "
-            "raise it, or lower data.turns"
-        )
-    if len(items) and items.max() > layout.items:
-        raise config.InputError(f"a document has {items.max()} media, data.media={layout.items}: raise it")
-    order = np.arange(len(lengths))
+    room = np.array(layout.room)
+    order = np.arange(len(needs))
     if seed is not None:
         order = np.random.default_rng((seed, epoch)).permutation(order)
-    rows, open_rows = [], []  # open: [positions left, items left, documents]
-    for i in order:
-        for row in open_rows:
-            if row[0] >= lengths[i] and row[1] >= items[i]:
-                break
-        else:
-            if len(open_rows) == OPEN_ROWS:
-                fullest = min(range(OPEN_ROWS), key=lambda k: open_rows[k][0])
-                rows.append(open_rows.pop(fullest)[2])
-            row = [layout.context, layout.items, []]
-            open_rows.append(row)
-        row[0] -= lengths[i]
-        row[1] -= items[i]
-        row[2].append(int(i))
-    return rows + [row[2] for row in open_rows]
+    rows: list[list[int]] = []
+    left = np.zeros((OPEN_ROWS, len(room)), int)  # of the open rows, the oldest first
+    documents: list[list[int]] = []
+    for i in order[fits(needs, layout)[order]]:
+        fitting = (left[: len(documents)] >= needs[i]).all(1)
+        k = int(fitting.argmax()) if fitting.any() else len(documents)
+        if k == OPEN_ROWS:
+            fullest = int(left[:, 0].argmin())
+            rows.append(documents.pop(fullest))
+            left[fullest:-1] = left[fullest + 1 :]
+            k -= 1
+        if k == len(documents):
+            documents.append([])
+            left[k] = room
+        left[k] -= needs[i]
+        documents[k].append(int(i))
+    return rows + documents
+
+
+def fits(needs: np.ndarray, layout: batch_lib.Layout) -> np.ndarray:
+    """-> [n] bool: which documents a row can hold. media are never cut: what does not fit is left out, and counted."""
+    return (needs <= np.array(layout.room)).all(1)
+
+
+def used(needs: np.ndarray, layout: batch_lib.Layout, rows: list[list[int]]) -> dict[str, float]:
+    """-> the share of the rows' positions, and of each modality's patches, that documents take."""
+    total = needs[[i for row in rows for i in row]].sum(0) / max(len(rows), 1)
+    room = layout.room
+    names = ("positions", *(name for m in batch_lib.MEDIA for name in (f"{m} items", f"{m} patches")))
+    return {name: float(total[k] / room[k]) for k, name in enumerate(names) if room[k] and not name.endswith("items")}
 
 
 class RowPlan:
     """Numbers all rows of all epochs. `locate(row)` -> (epoch, its document numbers).
 
-    sizes(epoch) -> (lengths, items) of the documents, which may differ between epochs.
+    needs(epoch) -> what the documents take of a row (chat.needs), which may differ between epochs.
     """
 
-    def __init__(self, sizes: Callable[[int], tuple], layout: batch_lib.Layout, seed: int | None):
-        self._plan = functools.lru_cache(maxsize=4)(lambda e: plan_epoch(*sizes(e), layout, seed, e))
+    def __init__(self, needs: Callable[[int], np.ndarray], layout: batch_lib.Layout, seed: int | None):
+        self._plan = functools.lru_cache(maxsize=4)(lambda e: plan_epoch(needs(e), layout, seed, e))
         self._starts = [0]  # first row of each epoch
         self._lock = threading.Lock()  # grain's reading threads share the plan
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """-> its rows, each a list of document numbers."""
+        with self._lock:
+            return self._plan(epoch)
 
     def locate(self, row: int) -> tuple[int, list[int]]:
         with self._lock:
             while self._starts[-1] <= row:
                 rows = len(self._plan(len(self._starts) - 1))
                 if not rows:
-                    raise config.InputError("the data set has no record to train on")
+                    raise config.InputError(
+                        "the data set has no record to train on, or none that a row can hold: raise model.context, and "
+                        "of its media config.data.image, video, audio (items, patches)"
+                    )
                 self._starts.append(self._starts[-1] + rows)
             epoch = bisect.bisect_right(self._starts, row) - 1
             return epoch, self._plan(epoch)[row - self._starts[epoch]]
 
 
-def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], layout: batch_lib.Layout):
+Patches = tuple[np.ndarray, np.ndarray]  # of one View: values [m,p] and index [m,3]
+
+
+def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patches]], layout: batch_lib.Layout):
     """Documents -> one row of a Batch (its arrays without the leading B).
 
-    picture(key) -> uint8 [size, size, 3]. Raises ValueError where a trained target would be visible to its own query.
+    read(medium) -> its views' patches, as Layout.views counts them; where it raises BadMedium the document stays out:
+    its positions are padding. Raises ValueError where a trained target would be visible to its own query.
     """
     row = jax.tree.map(lambda x: x[0], batch_lib.empty(layout, 1))
-    start, items, patches, read = 0, 0, layout.grid**2, 0
+    start, read_to, items = 0, 0, dict.fromkeys(batch_lib.MEDIA, 0)
+    filled = dict.fromkeys(batch_lib.MEDIA, 0)  # patches
     for number, doc in enumerate(documents, 1):
         n, at = len(doc), slice(start, start + len(doc))
         if bool(layout.source) != bool(doc.source) or layout.prefix == "all" and doc.ar.any():
@@ -90,22 +112,33 @@ def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], la
             )
         if (doc.weight[:-1] * (~doc.ar[1:])).any():
             raise ValueError(f"document {number}: a trained target lies inside a block, where its query sees it")
+        try:
+            media = [(first, medium, read(medium)) for first, medium in doc.media]
+        except BadMedium:  # who reads it has counted it
+            start += n
+            continue
         row.tokens[at], row.target[at], row.weight[at], row.ar[at] = doc.tokens, doc.target, doc.weight, doc.ar
-        row.position[at, 0], row.document[at] = np.arange(n), number
-        for first, key in doc.pictures:
-            slots = slice(items * patches, (items + 1) * patches)
-            row.image.patch[slots] = patchify(picture(key), layout.patch)
-            row.image.index[slots, 1:] = np.indices((layout.grid, layout.grid)).reshape(2, -1).T
-            row.image.item[slots] = items + 1
-            row.image.at[items] = start + first
-            row.slot[start + first : start + first + patches] = np.arange(slots.start, slots.stop)
-            items += 1
+        row.position[at], row.document[at] = positions(doc, layout), number
+        for first, medium, views in media:
+            here, packed = start + first, getattr(row, medium.modality)
+            if (laid := layout.count(medium.modality, medium.shape)) != (made := sum(len(p) for p, _ in views)):
+                raise ValueError(f"{medium}: {made} patches for {laid} positions")
+            for patch, index in views:
+                m, first_slot = len(patch), filled[medium.modality]
+                slots = slice(first_slot, first_slot + m)
+                packed.patch[slots], packed.index[slots] = patch, index
+                packed.item[slots] = items[medium.modality] + 1
+                packed.at[items[medium.modality]] = here
+                row.slot[here : here + m] = layout.offset(medium.modality) + np.arange(first_slot, slots.stop)
+                items[medium.modality] += 1
+                filled[medium.modality] += m
+                here += m
         start += n
         if doc.source:
-            at = slice(read, read + len(doc.source))
+            at = slice(read_to, read_to + len(doc.source))
             row.source.tokens[at], row.source.document[at] = doc.source, number
             row.source.position[at, 0] = np.arange(len(doc.source))
-            read = at.stop
+            read_to = at.stop
     ids = np.concatenate([row.tokens, row.target, *([row.source.tokens] if layout.source else [])])
     if ids.min() < 0 or ids.max() >= layout.vocab:
         odd = ids[(ids < 0) | (ids >= layout.vocab)][0]
@@ -113,11 +146,21 @@ def fill(documents: Sequence[Document], picture: Callable[[int], np.ndarray], la
     return row
 
 
-def patchify(picture: np.ndarray, patch: int) -> np.ndarray:
-    """[size, size, 3] -> [rows x columns of whole patches, patch x patch x 3], row by row."""
-    grid = picture.shape[0] // patch
-    tiles = picture[: grid * patch, : grid * patch].reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4)
-    return tiles.reshape(grid * grid, patch * patch * 3)
+def positions(doc: Document, layout: batch_lib.Layout) -> np.ndarray:
+    """-> [n, Layout.axes]: 0, 1, 2, ...; over three axes a patch of a medium that begins at position s stands at
+    s + its (time, row, column), and what follows it at one more than its largest (Wang et al. 2024, Qwen2-VL)."""
+    n = len(doc)
+    if layout.axes == 1:
+        return np.arange(n)[:, None]
+    out, at, now = np.zeros((n, 3), np.int32), 0, 0
+    for first, medium in doc.media:
+        out[at:first] = (now + np.arange(first - at))[:, None]
+        now, at = now + first - at, first
+        for view in layout.views(medium.modality, medium.shape):
+            out[at : at + len(view)] = now + np.indices(view.grid).reshape(3, -1).T
+            now, at = now + max(view.grid), at + len(view)
+    out[at:] = (now + np.arange(n - at))[:, None]
+    return out
 
 
 def stack(rows: Sequence[batch_lib.Batch]) -> batch_lib.Batch:

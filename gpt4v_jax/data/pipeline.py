@@ -32,7 +32,7 @@ def batches(
 
     def make(step: int) -> batch_lib.Batch:
         first = step * rows
-        batch = packing.stack([packing.fill(documents(first + int(k)), source.picture, layout) for k in share])
+        batch = packing.stack([packing.fill(documents(first + int(k)), source.read, layout) for k in share])
         # Where a share trains nothing, the batch may: documents say so without their pictures.
         if not batch.weight.any() and not any(doc.weight.any() for k in range(rows) for doc in documents(first + k)):
             raise config.InputError(f"step {step}: no token of the batch is trained; do its records have answers?")
@@ -45,15 +45,15 @@ def batches(
 def all_rows(
     source, layout: batch_lib.Layout, rows: int, share: Sequence[int] | None = None
 ) -> Iterator[tuple[batch_lib.Batch, list[list[int]]]]:
-    """Every document once, in order: -> (batch, the documents of each of its `rows` rows); the last batch is filled up.
+    """Every document that a row can hold once, in order: -> (batch, the documents of each of its `rows` rows); the last
+    batch is filled up.
 
     share: the batch holds these rows alone, in this order; None: all.
     """
-    lengths, items = source.sizes(0)
-    plan = packing.plan_epoch(lengths, items, layout, seed=None, epoch=0)
+    plan = packing.plan_epoch(source.needs(0), layout, seed=None, epoch=0)
     for first in range(0, len(plan), rows):
         part = plan[first : first + rows]
         part += [[]] * (rows - len(part))
         mine = part if share is None else [part[k] for k in share]
-        filled = [packing.fill([source.document(0, i) for i in row], source.picture, layout) for row in mine]
+        filled = [packing.fill([source.document(0, i) for i in row], source.read, layout) for row in mine]
         yield packing.stack(filled), part

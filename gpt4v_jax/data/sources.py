@@ -1,11 +1,17 @@
-"""Where documents come from: a prepared data set, behind the few methods that packing and evaluation need.
+"""Where documents come from: prepared data sets, files, and mixtures of them, behind the few methods that packing and
+evaluation need.
 
-A source has `sizes(epoch)` -> (lengths, media) of its documents, `document(epoch, i)`, and `picture(key)`; what is read
-before the row plan is only lengths and text, pictures are decoded when their row is filled.
+A source has `needs(epoch)`, what each document takes of a row (chat.needs), `document(epoch, i)`, and `read(medium)`,
+its patches. What is read before the row plan is text and the headers of media; a medium is decoded when its row is
+filled.
 """
 
 import dataclasses
+import functools
 import os
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +19,13 @@ import tensorflow_datasets as tfds
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, datasets
+from gpt4v_jax.data import chat, datasets, files, media
 from gpt4v_jax.data.tokenizer import Tokenizer
-from gpt4v_jax.data.transforms import decode_picture
+from gpt4v_jax.data.transforms import BadMedium
 
 CAPTION_PROMPT = "describe the picture."
+CHUNK = 256  # records read at once
+SAID = 5  # bad records that are named, each in a line; the others are counted
 
 
 def cache_dir(data: config.Data) -> Path:
@@ -26,36 +34,61 @@ def cache_dir(data: config.Data) -> Path:
 
 
 def open_builder(data: config.Data):
-    """-> the TFDS builder of data.name; the data set is prepared when it is not there yet."""
+    """-> the TFDS builder of data.name; one of ours is prepared when it is not there yet."""
     return datasets.prepare(data.name, str(cache_dir(data)), data.dir or os.environ.get("GPT4V_DATA_DIR", ""))
 
 
 def splits(data: config.Data) -> list[str]:
-    return sorted(open_builder(data).info.splits)
+    return files.splits(data.name) if files.named(data.name) else sorted(open_builder(data).info.splits)
 
 
 def open_split(data: config.Data, split: str):
-    """-> the records of a split: len(), [i] -> dict; a picture is its file's bytes."""
+    """-> the records of a split: len(), [i] -> dict; media are their files' bytes."""
+    if files.named(data.name):
+        return files.open_split(data.name, split)
     builder = open_builder(data)
     if split not in builder.info.splits:
         known = sorted(builder.info.splits)
         near = config.nearest(split, known)
         raise config.InputError(f"split {split!r} of {data.name} is none of: {', '.join(known)}{near}")
     decoders = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
-    return builder.as_data_source(split, decoders=decoders)
+    records = builder.as_data_source(split, decoders=decoders)
+    return datasets.adapted(records, builder.info.features) if data.name.startswith("tfds:") else records
 
 
 def corpus(data: config.Data):
     """Every text of the training split, on which a tokenizer is trained."""
-    records = open_split(data, "train")
-    for i in range(limit(data, len(records))):
-        record = records[i]
+    for record in usable(open_split(data, "train"), data):
         if "text" in record:
             yield text_of(record["text"])
+        elif "turns" in record:
+            for turn in record["turns"]:
+                yield from (part for part in turn.parts if isinstance(part, str))
+                yield turn.answer
         else:
-            yield from map(text_of, record["captions"])
+            yield from map(text_of, record.get("captions", ()))
             for _, question, answer in questions(record):
                 yield from (question, answer)
+
+
+def read_all(records, count: int):
+    """-> the first `count` records, one after the other; BadMedium in the place of one that cannot be used."""
+    for first in range(0, count, CHUNK):
+        numbers = list(range(first, min(first + CHUNK, count)))
+        if hasattr(records, "__getitems__"):  # several times as fast as one by one
+            yield from records.__getitems__(numbers)
+            continue
+        for i in numbers:
+            try:
+                record = records[i]
+            except BadMedium as error:
+                record = error
+            yield record
+
+
+def usable(records, data: config.Data):
+    """The records that can be read; whoever makes documents of them counts the others."""
+    return (r for r in read_all(records, limit(data, len(records))) if not isinstance(r, BadMedium))
 
 
 def limit(data: config.Data, records: int) -> int:
@@ -66,6 +99,10 @@ def text_of(value) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def bytes_of(value) -> bytes:
+    return value if isinstance(value, bytes) else np.asarray(value, np.uint8).tobytes()
+
+
 def questions(record) -> list[tuple[str, str, str]]:
     """-> (kind, question, answer) of each question of a record."""
     fields = record["questions"]
@@ -74,122 +111,267 @@ def questions(record) -> list[tuple[str, str, str]]:
     return [tuple(map(text_of, q)) for q in zip(fields["kind"], fields["question"], fields["answer"], strict=True)]
 
 
+def asked(record) -> list[tuple[str, str, str]]:
+    """-> `questions`, also of a conversation."""
+    if "turns" not in record:
+        return questions(record)
+    return [(t.kind, "".join(part for part in t.parts if isinstance(part, str)), t.answer) for t in record["turns"]]
+
+
+class Bad:
+    """Records that cannot be used: each is said or counted, and beyond a share of all of them the run stops."""
+
+    def __init__(self, name: str, total: int, share: float, say: Callable[[str], None] | None = None):
+        self._name, self._total, self._share = name, total, share
+        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._lock, self.where = threading.Lock(), {}
+
+    def skip(self, where: str, why: object) -> None:
+        """Raises InputError once they are more than the share. A record counts once, however often it is met."""
+        with self._lock:
+            if where in self.where:
+                return
+            self.where[where] = str(why)
+            if len(self.where) <= SAID:
+                self._say(f"skipped {where}: {why}")
+            if len(self.where) > self._share * self._total:
+                raise config.InputError(
+                    f"{self._name}: {len(self.where)} of {self._total:,} records cannot be used, which is more than "
+                    f"config.data.bad={self._share:.0%}; the last one is {where}: {why}. Mend the data, or raise it"
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
+    """A question and its answer. `asks`: the user's pieces, which may hold media besides the text."""
+
     kind: str
     question: str
     answer: str
-    question_ids: tuple[int, ...]
+    asks: tuple[chat.Piece, ...]
     answer_ids: tuple[int, ...]
+
+    @property
+    def pieces(self) -> tuple[chat.Piece, ...]:
+        return (*self.asks, chat.Piece("assistant", self.answer_ids))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is known of a record before its media are decoded. `media` come before the first question."""
+
+    number: int  # in the split
+    where: str
+    media: tuple[chat.Medium, ...]
+    turns: tuple[Turn, ...]
+    captions: tuple[Turn, ...] = ()
+    ordered: bool = False  # a conversation, whose turns stay as they are
 
 
 class Conversations:
-    """Pictures with captions and questions; a record's documents are picture and caption, `data.captions` times, and
-    picture and `data.turns` questions, all drawn from (seed, epoch, record).
+    """Records of turns, most with media. A record of questions gives a document of `data.turns` of them, or as many as
+    a row can hold, drawn from (seed, epoch, record), and one of each of `data.captions` captions; a conversation gives
+    one document, or, where a row cannot hold it, one for each run of turns that fits.
 
     A caption has a document of its own because beside it the questions can be answered without looking.
     """
 
-    def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int):
-        self._records = records
-        self._data, self._seed = data, seed
-        self.layout, self.special = layout, tokenizer.special
-        if not layout.size:
-            raise config.InputError("model.image.size=0, but the data set has pictures: set it, such as 72")
+    def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
+        self._records, self._data, self._seed = records, data, seed
+        self.name, self.layout, self.special = data.name, layout, tokenizer.special
+        self.records: list[Record] = []
+        total = limit(data, len(records))
+        self.bad = Bad(data.name, total, data.bad)
         encode = _remember(tokenizer.encode)
-        self.captions: list[list[Turn]] = []  # of each record
-        self.turns: list[list[Turn]] = []  # questions of each record
-        self._documents: list[tuple[int, int]] = []  # (record, which of its captions; -1 means its questions)
-        for i in range(limit(data, len(self._records))):
-            record = self._records[i]
-            captions = [("caption", CAPTION_PROMPT, text_of(c)) for c in record["captions"]]
-            for turns, found in ((self.captions, captions), (self.turns, questions(record))):
-                turns.append([Turn(*t, encode(t[1]), encode(t[2])) for t in found])
-            self._documents += [(i, k) for k in range(-1 if data.turns else 0, min(data.captions, len(captions)))]
+        if "<user>" not in self.special:
+            raise config.InputError(f"{data.name} holds conversations, and data.tokenizer={data.tokenizer!r} has no "
+                                    "<user>: use byte, bpe or wordpiece")
+        for i, raw in enumerate(read_all(records, total)):
+            where = f"{data.name}: record {i}"
+            try:
+                if isinstance(raw, BadMedium):
+                    raise raw
+                where = raw.get("where", where)
+                self.records.append(self._record(i, where, raw, encode))
+            except BadMedium as error:
+                self.bad.skip(getattr(error, "where", where), error)
+        # Whether epochs differ in more than the order of documents.
+        self._drawn = any(len(r.turns) > 1 and not r.ordered or len(r.captions) > 1 for r in self.records)
+        self._documents: list[tuple[int, int, int]] = []  # (record, first turn and turns; or -1, number of the caption)
+        for r, record in enumerate(self.records):
+            if record.ordered:
+                self._documents += [(r, first, count) for first, count in self._runs(record)]
+            else:
+                asked = [(r, 0, data.turns)] if data.turns and record.turns else []
+                self._documents += asked + [(r, -1, k) for k in range(min(data.captions, len(record.captions)))]
+
+    def _record(self, i: int, where: str, raw: dict, encode) -> Record:
+        found = []
+        for name in batch_lib.MEDIA:
+            if name in raw:
+                found.append(self._medium(name, (i, name), bytes_of(raw[name])))
+        if "turns" in raw:
+            turns = []
+            for number, turn in enumerate(raw["turns"]):
+                asks = []
+                for p, part in enumerate(turn.parts):
+                    if isinstance(part, str):
+                        asks.append(chat.Piece("user", encode(part)))
+                    else:
+                        asks.append(chat.Piece("user", medium=self._medium(part.modality, (i, number, p), part.read())))
+                asked = "".join(part for part in turn.parts if isinstance(part, str))
+                turns.append(Turn(turn.kind, asked, turn.answer, tuple(asks), encode(turn.answer)))
+            return Record(i, where, (), tuple(turns), ordered=True)
+
+        def turn(kind, question, answer):
+            return Turn(kind, question, answer, (chat.Piece("user", encode(question)),), encode(answer))
+
+        captions = [turn("caption", CAPTION_PROMPT, text_of(c)) for c in raw.get("captions", ())]
+        asked = [turn(*q) for q in questions(raw)] if "questions" in raw else []
+        return Record(i, where, tuple(found), tuple(asked), tuple(captions))
+
+    def _medium(self, modality: str, key, data: bytes) -> chat.Medium:
+        if not self.layout.reads(modality):
+            section = {"image": "model.image.size=0", "video": "model.video.size=0", "audio": "model.audio.bins=0"}
+            raise config.InputError(f"{self.name} has media of the kind {modality}, and {section[modality]}: set it")
+        return chat.Medium(modality, key, media.shape(modality, data, self.layout))
+
+    def _runs(self, record: Record) -> list[tuple[int, int]]:
+        """-> (first turn, turns) of documents of a conversation, each as long as a row can hold."""
+        runs, first = [], 0
+        while first < len(record.turns):
+            count = len(record.turns) - first
+            while count > 1 and not self._fits(record, first, count):
+                count -= 1
+            runs.append((first, count))
+            first += count
+        return runs
+
+    def _fits(self, record: Record, first: int, count: int) -> bool:
+        need = chat.needs(_pieces(record.media, record.turns[first : first + count]), self.layout)
+        return bool(np.all(np.array(need) <= self.layout.room))
 
     def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
         """Document i of the epoch."""
-        record, k = self._documents[i]
-        rng = np.random.default_rng((self._seed, epoch, record))
-        if k < 0:
-            order = rng.permutation(len(self.turns[record]))
-            return turn_pieces(record, [self.turns[record][q] for q in order[: self._data.turns]])
-        return turn_pieces(record, [self.captions[record][rng.permutation(len(self.captions[record]))[k]]])
+        r, first, count = self._documents[i]
+        record = self.records[r]
+        if record.ordered:
+            turns = record.turns[first : first + count]
+        elif first >= 0:
+            turns = [record.turns[q] for q in self._order(epoch, record, record.turns)[:count]]
+            while len(turns) > 1 and chat.length(_pieces(record.media, turns), self.layout) > self.layout.context:
+                turns.pop()
+        else:
+            turns = [record.captions[self._order(epoch, record, record.captions)[count]]]
+        drawn = epoch if self._data.augment and self._seed is not None else -1
+        return [_drawn(piece, drawn) for piece in _pieces(record.media, turns)]
 
-    def sizes(self, epoch: int):
-        return sizes(self, epoch, len(self._documents))
+    def _order(self, epoch: int, record: Record, turns):
+        if len(turns) == 1:
+            return [0]
+        return np.random.default_rng((self._seed or 0, epoch, record.number)).permutation(len(turns))
+
+    def needs(self, epoch: int) -> np.ndarray:
+        return self._needs(epoch if self._drawn else 0)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019, a source lives as long as the run
+    def _needs(self, epoch: int) -> np.ndarray:
+        rows = [chat.needs(self.pieces(epoch, i), self.layout) for i in range(len(self._documents))]
+        return np.array(rows, int).reshape(-1, len(self.layout.room))
 
     def document(self, epoch: int, i: int) -> chat.Document:
         return chat.document(self.pieces(epoch, i), self.special, self.layout)
 
-    def picture(self, key: int) -> np.ndarray:
-        size = self.layout.size
-        if self._data.pictures == "blank":
-            return np.full((size, size, 3), 128, np.uint8)
-        return decode_picture(self._records[key]["image"], size)
+    def read(self, medium: chat.Medium):
+        """-> its views' patches. Raises BadMedium where it cannot be decoded, and counts it."""
+        key, drawn = medium.key
+        where = f"{self.name}: record {key[0]}"
+        rng = None if drawn < 0 else np.random.default_rng((self._seed, drawn, key[0]))
+        try:
+            raw = self._records[key[0]]
+            where = raw.get("where", where)
+            if isinstance(key[1], str):
+                data = bytes_of(raw[key[1]])
+            else:
+                data = raw["turns"][key[1]].parts[key[2]].read()
+            return media.patches(
+                medium.modality, data, medium.shape, self.layout, medium.modality in self._data.blank,
+                self._data.augment, rng,
+            )  # fmt: skip
+        except BadMedium as error:
+            self.bad.skip(getattr(error, "where", where), error)
+            raise
+
+
+def _pieces(found: tuple[chat.Medium, ...], turns) -> list[chat.Piece]:
+    first = [chat.Piece("user", medium=medium) for medium in found]
+    return [*first, *(piece for turn in turns for piece in turn.pieces)]
+
+
+def _drawn(piece: chat.Piece, drawn: int) -> chat.Piece:
+    """The piece, its medium's key with the epoch by which it is augmented; -1: it is not."""
+    if not piece.medium:
+        return piece
+    return dataclasses.replace(piece, medium=dataclasses.replace(piece.medium, key=(piece.medium.key, drawn)))
 
 
 class Questions:
-    """The questions of a split one by one: each is a document of its own, a picture and one turn."""
+    """The questions of a source one by one: each is a document of its own, its record's media and one turn.
 
-    def __init__(self, conversations: Conversations, picture_of=lambda record: record):
-        self._picture_of = picture_of
-        self.layout, self.special = conversations.layout, conversations.special
-        self.items = [
-            (record, turn) for record, turns in enumerate(conversations.turns) for turn in turns
-        ]
-        self.picture = conversations.picture
+    media_of(record number in the source) -> another record's, for the baseline that permutes them.
+    """
 
-    def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
-        record, turn = self.items[i]
-        return turn_pieces(self._picture_of(record), [turn])
+    def __init__(self, conversations: Conversations, media_of: Callable[[int], int] = lambda record: record):
+        self._media_of, self._records = media_of, conversations.records
+        self.layout, self.special, self.read = conversations.layout, conversations.special, conversations.read
+        self.items = [(r, turn) for r, record in enumerate(self._records) for turn in record.turns]
 
-    def sizes(self, epoch: int):
-        return sizes(self, epoch, len(self.items))
+    def pieces(self, epoch: int, i: int, answered: bool = True) -> list[chat.Piece]:
+        r, turn = self.items[i]
+        pieces = _pieces(self._records[self._media_of(r)].media, [turn])
+        return [_drawn(piece, -1) for piece in (pieces if answered else pieces[:-1])]
+
+    def needs(self, epoch: int) -> np.ndarray:
+        rows = [chat.needs(self.pieces(epoch, i), self.layout) for i in range(len(self.items))]
+        return np.array(rows, int).reshape(-1, len(self.layout.room))
 
     def document(self, epoch: int, i: int) -> chat.Document:
         return chat.document(self.pieces(epoch, i), self.special, self.layout)
 
 
-def turn_pieces(picture: int, turns: list[Turn]) -> list[chat.Piece]:
-    pieces = [chat.Piece("user", picture=picture)]
-    for turn in turns:
-        pieces += [chat.Piece("user", turn.question_ids), chat.Piece("assistant", turn.answer_ids)]
-    return pieces
-
-
-def sizes(source, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> (positions, pictures) of each of `count` documents, each with one picture."""
-    lengths = [chat.length(source.pieces(epoch, i), source.layout) for i in range(count)]
-    return np.array(lengths), np.ones(count, int)
-
-
 class Windows:
-    """A text as windows of `context` tokens, each with the token that follows as its last target.
+    """A text as windows of `data.window` tokens, each with the token that follows as its last target.
 
     In training they start at an offset drawn from (seed, epoch), and every epoch reads the whole text once; with
     seed None they start at 0, do not overlap, and cover the text up to the last whole window.
     """
 
-    def __init__(self, ids: np.ndarray, layout: batch_lib.Layout, seed: int | None):
-        self._ids, self._T, self._seed = ids.astype(np.int32), layout.context, seed
-        if len(ids) < 2 * self._T:
-            raise config.InputError(f"the text has {len(ids)} tokens, too few for two windows of {self._T}")
+    def __init__(self, text: str, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
+        self._ids = np.array(tokenizer.encode(text), np.int32)
+        self.name, self.layout = data.name, layout
+        self._T, self._seed = min(data.window or layout.context, layout.context), seed
+        self.bad = Bad(data.name, 1, data.bad)
+        if len(self._ids) < 2 * self._T:
+            raise config.InputError(f"the text has {len(self._ids)} tokens, too few for two windows of {self._T}")
 
     def _offset(self, epoch: int) -> int:
         return 0 if self._seed is None else int(np.random.default_rng((self._seed, epoch, 1)).integers(self._T))
 
-    def sizes(self, epoch: int):
+    def needs(self, epoch: int) -> np.ndarray:
         n = (len(self._ids) - 1 - self._offset(epoch)) // self._T
-        return np.full(n, self._T), np.zeros(n, int)
+        return np.tile([self._T, *[0] * (len(self.layout.room) - 1)], (n, 1))
 
     def document(self, epoch: int, i: int) -> chat.Document:
         T, start = self._T, self._offset(epoch) + i * self._T
         ids = self._ids[start : start + T + 1]
         return chat.Document(ids[:-1], ids[1:], np.ones(T, np.float32), np.ones(T, bool))
 
-    def picture(self, key: int) -> np.ndarray:
-        raise ValueError("a text has no pictures")
+    def trained_ids(self) -> np.ndarray:
+        """-> the tokens that are targets in evaluation."""
+        return self._ids[1 : 1 + len(self.needs(0)) * self._T]
+
+    def read(self, medium: chat.Medium):
+        raise ValueError("a text has no media")
 
 
 def _remember(encode):
@@ -198,7 +380,11 @@ def _remember(encode):
 
 
 def from_records(records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
-    """The records of a split -> documents to train on; windows of a text start at 0 with seed None (validation)."""
-    if "text" in records[0]:
-        return Windows(np.array(tokenizer.encode(text_of(records[0]["text"]))), layout, seed)
-    return Conversations(records, data, tokenizer, layout, seed or 0)
+    """The records of a split -> documents. seed None: for evaluation, in order and not augmented."""
+    if not len(records):
+        raise config.InputError(f"{data.name} has no record")
+    first = next(usable(records, data), {})
+    if "text" in first:
+        text = "".join(text_of(records[i]["text"]) for i in range(limit(data, len(records))))
+        return Windows(text, data, tokenizer, layout, seed)
+    return Conversations(records, data, tokenizer, layout, seed)

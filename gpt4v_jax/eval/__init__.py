@@ -1,22 +1,38 @@
-"""Evaluators by name, as a config's `eval.evaluators` lists them: each is a function of a common.Subject -> Result."""
+"""Evaluators by name, as a config's `eval.evaluators` lists them: each is a function of a common.Subject -> Result.
+
+Of a mixture, "questions@easyvqa" is `questions` on its data set easyvqa.
+"""
 
 from gpt4v_jax import config
 from gpt4v_jax.data import sources
-from gpt4v_jax.eval import language, questions
+from gpt4v_jax.eval import common, generated, language, questions, retrieval
 
 EVALUATORS = {
     "questions": questions.accuracy,  # exact answers, by kind
-    "permuted": questions.permuted,  # the same model with another scene's picture
+    "permuted": questions.permuted,  # the same model with another record's media
     "counted": questions.counted,  # the most frequent answer to each question's words; no model
     "windows": language.windows,  # validation loss of a text
+    "wer": generated.wer,  # word error rate of what is written, for speech
+    "bleu": generated.bleu,  # BLEU and chrF of what is written, for translation
+    "retrieval": retrieval.recall,  # which text belongs to which picture, by likelihood
 }
 
 
-def check(names, source, data: str) -> None:
-    """Raises InputError for an evaluator that does not exist, or that the documents of a data set do not fit."""
-    for name in names:
-        config.one_of("evaluator", name, tuple(EVALUATORS))
-        if name == "windows" and not isinstance(source, sources.Windows):
-            raise config.InputError(f"the data set {data} is no plain text: use the evaluator 'questions'")
-        if name != "windows" and not isinstance(source, sources.Conversations):
-            raise config.InputError(f"the data set {data} has no questions: use the evaluator 'windows'")
+def named(evaluator: str) -> tuple[str, str]:
+    """"questions@easyvqa" -> ("questions", "easyvqa"); "questions" -> ("questions", "")."""
+    name, _, data_set = evaluator.partition("@")
+    config.one_of("evaluator", name, tuple(EVALUATORS))
+    return name, data_set
+
+
+def check(evaluator: str, source, data: str) -> None:
+    """Raises InputError for an evaluator that the documents of a data set do not fit."""
+    name = named(evaluator)[0]
+    if name == "windows" and not isinstance(source, sources.Windows):
+        raise config.InputError(f"the data set {data} is no plain text: use the evaluator 'questions'")
+    if name != "windows" and not isinstance(source, sources.Conversations):
+        raise config.InputError(f"the data set {data} has no questions: use the evaluator 'windows'")
+
+
+def run(evaluator: str, subject: common.Subject) -> common.Result:
+    return EVALUATORS[named(evaluator)[0]](subject)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ class Result:
 
 
 def open_source(run: config.Config, split: str, tokenizer: Tokenizer, layout: batch_lib.Layout, limit: int = 0):
-    """-> the source of a split for evaluation: its own order, at most `limit` records (0: all)."""
+    """-> the source of a split of run.data.name for evaluation: its own order, at most `limit` records (0: all)."""
     data = dataclasses.replace(run.data, limit=limit)
     return sources.from_records(sources.open_split(data, split), data, tokenizer, layout, seed=None)
 
@@ -61,8 +62,8 @@ def score(subject: Subject, source) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     `exact`: every target is the argmax given the targets before it, which holds if and only if greedy decoding gives
     exactly these targets; so one forward pass scores greedy answers. All processes call it, and get the same.
     """
-    count = len(source.sizes(0)[0])
-    nats, tokens, exact = np.zeros(count), np.zeros(count), np.ones(count, bool)
+    count = len(source.needs(0))
+    nats, tokens, exact = np.zeros(count), np.zeros(count), np.zeros(count, bool)
     shards = sharding.ways(subject.mesh, "batch")
     rows = -(-subject.run.eval.batch // shards) * shards
     share = sharding.local_rows(subject.mesh, rows)
@@ -76,7 +77,11 @@ def score(subject: Subject, source) -> tuple[np.ndarray, np.ndarray, np.ndarray]
             for k, number in enumerate(numbers, 1):
                 at = (document_BT[row] == k) & (weight_BT[row] > 0)
                 nats[number], tokens[number] = nats_BT[row][at].sum(), at.sum()
-                exact[number] = hit_BT[row][at].all()
+                exact[number] = at.any() and hit_BT[row][at].all()  # what could not be read is wrong
+    if not tokens.all() and sharding.is_first():
+        lost = int((tokens == 0).sum())
+        why = "no row can hold them, or their media cannot be read"
+        print(f"{lost:,} of {count:,} documents count as wrong: {why}", file=sys.stderr, flush=True)
     return nats, tokens, exact
 
 

@@ -4,6 +4,9 @@ from gpt4v_jax.eval import common
 
 
 def windows(subject: common.Subject) -> common.Result:
-    """Mean nats a token over all non-overlapping windows of the context's length; none is sampled."""
+    """Mean nats a token over all non-overlapping windows of the context's length, and nats a character of the text;
+    none is sampled."""
     nats, tokens, _ = common.score(subject, subject.source)
-    return common.Result({"loss": nats.sum() / tokens.sum(), "tokens": tokens.sum()})
+    characters = len(subject.tokenizer.decode(subject.source.trained_ids())) or 1
+    loss, each = nats.sum() / tokens.sum(), nats.sum() / characters
+    return common.Result({"loss": loss, "loss_a_character": each, "tokens": tokens.sum(), "characters": characters})

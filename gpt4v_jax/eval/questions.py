@@ -1,4 +1,4 @@
-"""Questions about pictures: exact answers by kind, and the blind baselines that belong beside every such score."""
+"""Questions, most about media: exact answers by kind, and the blind baselines that belong beside every such score."""
 
 import collections
 
@@ -14,11 +14,11 @@ def accuracy(subject: common.Subject) -> common.Result:
 
 
 def permuted(subject: common.Subject) -> common.Result:
-    """The same, each question asked of another scene's picture: what the model knows without its own."""
-    count = len(subject.source.turns)
+    """The same, each question asked of another record's media: what the model knows without its own."""
+    count = len(subject.source.records)
     order = np.random.default_rng(0).permutation(count)
     other = np.empty(count, int)
-    other[order] = np.roll(order, 1)  # one cycle through all: no picture stays in its place
+    other[order] = np.roll(order, 1)  # one cycle through all: no medium stays in its place
     return _ask(subject, sources.Questions(subject.source, lambda record: int(other[record])))
 
 
@@ -27,8 +27,8 @@ def counted(subject: common.Subject) -> common.Result:
     items = sources.Questions(subject.source).items
     words, kinds = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
     training = sources.open_split(subject.run.data, "train")
-    for i in range(sources.limit(subject.run.data, len(training))):
-        for kind, question, answer in sources.questions(training[i]):
+    for record in sources.usable(training, subject.run.data):
+        for kind, question, answer in sources.asked(record):
             words[question][answer] += 1
             kinds[kind][answer] += 1
     right = []

@@ -4,16 +4,22 @@ from pathlib import Path
 
 from absl import flags
 
+from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
-from gpt4v_jax.data import sources, transforms
+from gpt4v_jax.data import mixture, sources
+from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.training import workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "the question, or the text to go on with")
-_IMAGE = flags.DEFINE_multi_string("image", [], "a picture file; may be given several times")
+_FILES = {
+    name: flags.DEFINE_multi_string(name, [], f"a {what} file; may be given several times", allow_override=True)
+    for name, what in (("image", "picture"), ("video", "clip"), ("audio", "sound"))
+}
 _RECORD = flags.DEFINE_string(
-    "record", None, 'SPLIT:NUMBER, such as "test:0": that record\'s picture and, without --prompt, its first question'
+    "record", None, 'SPLIT:NUMBER, such as "test:0", or of a mixture "fsdd/test:0": that record\'s media and, without '
+    "--prompt, its first question"
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "at most so many tokens")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
@@ -30,38 +36,58 @@ def main() -> None:
     config.at_least(1, samples=_SAMPLES.value)
     config.at_least(0, seed=_SEED.value)
     folder = Path(_WORKDIR.value)
-    size = workdir.load_config(folder).model.image.size
-    if (_IMAGE.value or _RECORD.value) and not size:
-        raise config.InputError(f"the model in --workdir={folder} reads no pictures: leave --image and --record out")
-    pictures = [transforms.load_picture(path, size) for path in _IMAGE.value]  # a bad file is said at once
+    run = workdir.load_config(folder)
+    layout = batch_lib.layout(run.model, run.data)
+    for name, flag in _FILES.items():
+        if flag.value and not layout.reads(name):
+            raise config.InputError(f"the model in --workdir={folder} reads no {name}: leave --{name} out")
+    # A bad file is said at once.
+    files = [(name, _read(layout, name, path)) for name, flag in _FILES.items() for path in flag.value]
     trained = workdir.restore(folder, _STEP.value)
     question, truth = _PROMPT.value, None
     if _RECORD.value:
-        picture, asked, answer = _record(trained, _RECORD.value)
-        pictures.append(picture)
+        found, asked, answer = _record(trained, _RECORD.value)
+        files += found
         if question is None:
             question, truth = asked, answer
     if question is None:
         raise config.InputError("--prompt is missing: what shall the model answer, or go on with?")
-    prompts = [decode.prompt(trained, question, range(len(pictures)))] * _SAMPLES.value
+    media, read = decode.attach(trained.layout, files)
+    prompts = [decode.prompt(trained, question, media)] * _SAMPLES.value
     seeds = range(_SEED.value, _SEED.value + _SAMPLES.value)
-    answers = decode.generate(trained, prompts, pictures, _MAX_NEW_TOKENS.value, sampling, seeds, _STOP.value)
+    answers = decode.generate(trained, prompts, read, _MAX_NEW_TOKENS.value, sampling, seeds, _STOP.value)
     if truth is not None:
         print(f"question: {question}\ntruth:    {truth}")
+    goes_on = not trained.chats and not trained.run.model.source
     for answer in answers:
-        goes_on = not trained.layout.size and not trained.run.model.source
         print(question + answer.text if goes_on else f"answer:   {answer.text}")
 
 
+def _read(layout: batch_lib.Layout, modality: str, path: str) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+        decode.attach(layout, [(modality, data)])
+    except OSError as error:
+        raise config.InputError(f"{path}: {error.strerror or 'cannot be read'}") from error
+    except BadMedium as error:
+        raise BadMedium(f"{path}: {error}") from error
+    return data
+
+
 def _record(trained: workdir.Trained, name: str):
-    """"test:0" -> (picture, its first question, the answer)."""
-    split, _, number = name.rpartition(":")
-    records = sources.open_split(trained.run.data, split)
+    """"test:0", or "fsdd/test:0" -> (its files, its first question, the answer)."""
+    source, number = name.rpartition(":")[::2]
+    data_set, _, split = source.rpartition("/")
+    run = mixture.one(trained.run, data_set)
+    records = sources.open_split(run.data, split)
     if not number.isdigit() or int(number) >= len(records):
-        raise config.InputError(f"--record={name} must be {split}:0 to {split}:{len(records) - 1}")
+        raise config.InputError(f"--record={name} must be {source}:0 to {source}:{len(records) - 1}")
     record = records[int(number)]
+    if "questions" not in record:
+        raise config.InputError(f"--record={name}: {run.data.name} holds no questions; use --prompt")
     _, question, answer = sources.questions(record)[0]
-    return transforms.decode_picture(record["image"], trained.layout.size), question, answer
+    files = [(m, sources.bytes_of(record[m])) for m in batch_lib.MEDIA if m in record]
+    return files, question, answer
 
 
 if __name__ == "__main__":

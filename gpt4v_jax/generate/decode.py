@@ -6,7 +6,7 @@ the cache's unused slots have document 0, which no query sees.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, packing
+from gpt4v_jax.data import media as media_lib
 from gpt4v_jax.generate import sample
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
@@ -29,15 +30,29 @@ BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 class Answer:
     text: str
     tokens: tuple[int, ...]
-    finish: str  # stop: <end> or a stop string | length: max_new_tokens, or the context is full
+    finish: str  # stop: <end> or a stop string | length: max_new_tokens, or the context is full | unreadable: a medium
 
 
-def prompt(trained: Trained, text: str, pictures: Sequence[int] = ()) -> chat.Document:
+Read = Callable[[chat.Medium], Sequence[packing.Patches]]
+
+
+def attach(layout: batch_lib.Layout, files: Sequence[tuple[str, bytes]]) -> tuple[tuple[chat.Medium, ...], Read]:
+    """[(modality, a file's bytes)] -> (media for `prompt`, and what `generate` reads them by). Raises BadMedium."""
+    for modality, _ in files:
+        if not layout.reads(modality):
+            raise config.InputError(f"this model reads no {modality}: leave it out")
+    found = tuple(chat.Medium(m, i, media_lib.shape(m, data, layout)) for i, (m, data) in enumerate(files))
+    # Now, for packing leaves out a document with a medium that turns out to be bad.
+    patches = [media_lib.patches(m.modality, files[m.key][1], m.shape, layout) for m in found]
+    return found, lambda m: patches[m.key]
+
+
+def prompt(trained: Trained, text: str, media: Sequence[chat.Medium] = ()) -> chat.Document:
     """-> the document of one user's turn; a model that was trained on plain text gets the plain text."""
-    ids, special = trained.tokenizer.encode(text), trained.tokenizer.special
-    if trained.layout.size:
-        pieces = [chat.Piece("user", picture=key) for key in pictures] + [chat.Piece("user", ids)]
-        return chat.document(pieces, special, trained.layout)
+    special = trained.tokenizer.special
+    if trained.chats:
+        pieces = [chat.Piece("user", medium=medium) for medium in media]
+        return chat.document([*pieces, chat.Piece("user", trained.tokenizer.encode(text))], special, trained.layout)
     if trained.run.model.source:
         start = [trained.tokenizer.id(token) for token in trained.run.data.start]
         if not start or None in start:
@@ -59,22 +74,22 @@ def _plain(ids: list[int]) -> chat.Document:
 def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
-    pictures: Sequence[np.ndarray] = (),
+    read: Read | None = None,
     max_new_tokens: int = 64,
     sampling: sample.Sampling = GREEDY,
     seeds: Sequence[int] = (),
     stop: Sequence[str] = (),
 ) -> list[Answer]:
-    """-> one Answer a prompt. pictures: uint8 [size,size,3], indexed by the prompts' keys; seeds: one a prompt."""
+    """-> one Answer a prompt. read: medium -> its patches, as a source's; seeds: one a prompt."""
     context, end = trained.layout.context, trained.tokenizer.ends
     if not trained.run.model.causal:
         raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
-    longest, read = max(map(len, prompts)), max(len(p.source) for p in prompts)
-    if read > context:
-        raise config.InputError(f"the prompt has {read} positions, the encoder reads at most {context}: shorten it")
+    longest, asked = max(map(len, prompts)), max(len(p.source) for p in prompts)
+    if asked > context:
+        raise config.InputError(f"the prompt has {asked} positions, the encoder reads at most {context}: shorten it")
     if longest >= context:
         raise config.InputError(
-            f"the prompt has {longest} positions (pictures included), the model's context is {context}: "
+            f"the prompt has {longest} positions (media included), the model's context is {context}: "
             f"shorten it to at most {context - 1}"
         )
     if max_new_tokens < 1:
@@ -85,21 +100,23 @@ def generate(
     if len(seeds) != len(prompts):
         raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
 
-    width, source = (min(-(-n // BUCKET) * BUCKET, context) for n in (longest, read))
-    items = max(len(p.pictures) for p in prompts)
-    layout = dataclasses.replace(trained.layout, context=width, items=items, source=source)
-    batch = packing.stack([packing.fill([p], lambda key: pictures[key], layout) for p in prompts])
+    width, source = (min(-(-n // BUCKET) * BUCKET, context) for n in (longest, asked))
+    layout = dataclasses.replace(trained.layout, context=width, source=source, **budgets(prompts, trained.layout))
+    batch = packing.stack([packing.fill([p], read, layout) for p in prompts])
     blocks = -(-min(max_new_tokens, context - 1) // BLOCK)
-    logits, cache = prefill(trained.model, trained.params, batch, width + blocks * BLOCK)
+    model = trained.model.clone(layout=layout)
+    logits, cache = prefill(model, trained.params, batch, width + blocks * BLOCK)
 
     room = np.array([min(max_new_tokens, context - len(p)) for p in prompts])
     keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
     tokens: list[list[int]] = [[] for _ in prompts]
-    answers: list[Answer | None] = [None] * len(prompts)
+    # A prompt whose media cannot be read is padding: nothing answers it.
+    there = batch.document.any(axis=1)
+    answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there]
     for block in range(blocks):
         done = jnp.array([answer is not None for answer in answers])
         drawn, logits, cache = decode(
-            trained.model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end
+            model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end
         )
         for i, row in enumerate(np.asarray(drawn)):
             if answers[i] is None:
@@ -110,6 +127,12 @@ def generate(
     return answers
 
 
+def budgets(prompts: Sequence[chat.Document], layout: batch_lib.Layout) -> dict[str, tuple[int, ...]]:
+    """-> Layout's items and patches that hold the media of each of the prompts."""
+    most = np.max([chat.media_needs([m for _, m in p.media], layout) for p in prompts], axis=0).tolist()
+    return {"items": tuple(most[::2]), "patches": tuple(most[1::2])}
+
+
 def _finished(trained: Trained, asked: chat.Document, tokens: list[int], room: int, stop: Sequence[str]):
     """-> the Answer, if these tokens hold its end, else None. Text is cut before a stop string."""
     kept, finish = tokens[:room], "length" if len(tokens) >= room else None
@@ -117,7 +140,7 @@ def _finished(trained: Trained, asked: chat.Document, tokens: list[int], room: i
     if at is not None:
         kept, finish = kept[:at], "stop"
     text = trained.tokenizer.decode(kept)
-    if not trained.layout.size and not asked.source:  # it goes on: some decoders drop the blank that a text begins with
+    if not trained.chats and not asked.source:  # it goes on: some decoders drop the blank that a text begins with
         before = trained.tokenizer.decode(asked.tokens)
         whole = trained.tokenizer.decode([*asked.tokens, *kept])
         text = whole[len(before) :] if whole.startswith(before) else text
@@ -130,7 +153,7 @@ def _finished(trained: Trained, asked: chat.Document, tokens: list[int], room: i
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
 def prefill(model: GPT4V, params, batch: batch_lib.Batch, slots: int):
     """-> (logits [B,V] after each row's last real position, a cache with room for `slots` positions)."""
-    cache = attention.empty_cache(model.config.backbone, batch.tokens.shape[0], slots)
+    cache = attention.empty_cache(model.config.backbone, batch.tokens.shape[0], slots, model.config.axes)
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
     last = jnp.sum(batch.document > 0, axis=1) - 1
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from gpt4v_jax.data import chat, packing
+from gpt4v_jax.generate import decode
 from gpt4v_jax.model import attention
 from gpt4v_jax.training.workdir import Trained
 
@@ -16,13 +17,13 @@ def _captured(model, params, batch):
     return model.apply({"params": params}, batch, capture=True)[2]
 
 
-def over_picture(trained: Trained, document: chat.Document, picture: np.ndarray, query: int) -> np.ndarray:
-    """-> [depth, rows, columns]: how much position `query` of a document looks at each patch of its only picture.
+def over_picture(trained: Trained, document: chat.Document, read, query: int) -> np.ndarray:
+    """-> [depth, rows, columns]: how much position `query` of a document looks at each patch of its first picture.
 
     Mean over heads of the layer's attention weights; a layer's map sums to the share that the picture gets.
     """
-    layout = dataclasses.replace(trained.layout, items=1)
-    batch = packing.stack([packing.fill([document], lambda key: picture, layout)])
+    layout = dataclasses.replace(trained.layout, **decode.budgets([document], trained.layout))
+    batch = packing.stack([packing.fill([document], read, layout)])
     model = trained.model.clone(layout=layout)
     out = _captured(model, trained.params, batch)
     step = np.cumsum(batch.ar, axis=1)
@@ -31,12 +32,14 @@ def over_picture(trained: Trained, document: chat.Document, picture: np.ndarray,
     sight = attention.Sight(
         batch.document[:, one], step[:, one], batch.document, step, index[:, one], index
     )
-    first, c = document.pictures[0][0], trained.run.model.backbone
+    first, picture = next((at, medium) for at, medium in document.media if medium.modality == "image")
+    _, rows, columns = layout.views("image", picture.shape)[0].grid  # the thumbnail, where there are tiles
+    c = trained.run.model.backbone
     maps = []
     for i, kind in enumerate(c.kinds):
         mask = attention.visible(sight, c.window if kind == "local" else 0)
         q, k = out[f"block_{i}/query"][:, one], out[f"block_{i}/key"]
         q = q.reshape(1, 1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
         w = np.asarray(attention.weights(q, k, mask, c.attention_scale or None, c.attention_cap))[0].mean((0, 1))[0]
-        maps.append(w[first : first + layout.grid**2].reshape(layout.grid, layout.grid))
+        maps.append(w[first : first + rows * columns].reshape(rows, columns))
     return np.stack(maps)

@@ -32,17 +32,18 @@ class Cache:
     step: jax.Array  # [B,S] int32
     index: jax.Array  # [B,S] int32
     cursor: jax.Array  # [] int32: slots used
-    next_position: jax.Array  # [B,1] int32
+    next_position: jax.Array  # [B,A] int32
     last_step: jax.Array  # [B] int32
     last_index: jax.Array  # [B] int32
     memory: tuple[tuple[jax.Array, jax.Array], ...] = ()  # k, v [B,S,K,H] of what each cross block reads
     memory_document: jax.Array | None = None  # [B,S] int32
 
 
-def empty_cache(model: config.Backbone, rows: int, slots: int) -> Cache:
+def empty_cache(model: config.Backbone, rows: int, slots: int, axes: int = 1) -> Cache:
+    """axes: A of Batch.position."""
     kv = tuple(jnp.zeros((rows, slots, model.kv_heads, model.head_dim)) for _ in range(model.depth))
     zeros, row = jnp.zeros((rows, slots), jnp.int32), jnp.zeros(rows, jnp.int32)
-    return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), row[:, None], row, row)
+    return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), jnp.zeros((rows, axes), jnp.int32), row, row)
 
 
 def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, Cache]:
@@ -54,14 +55,15 @@ def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, 
     step = cache.last_step[:, None] + jnp.cumsum(batch.ar, axis=1)
     index = cache.last_index[:, None] + jnp.cumsum(real, axis=1)
     last = jnp.max(jnp.where(real, step, cache.last_step[:, None]), axis=1)
-    seen = jnp.max(jnp.where(real[..., None], batch.position + 1, cache.next_position[:, None]), axis=1)
+    # Over three axes text goes on behind the largest of all of them, which a count of positions would miss.
+    seen = jnp.max(jnp.where(real, batch.position.max(-1) + 1, cache.next_position[:, :1]), axis=1)
     at = (0, cache.cursor)
     return step, index, cache.replace(
         document=jax.lax.dynamic_update_slice(cache.document, batch.document, at),
         step=jax.lax.dynamic_update_slice(cache.step, step, at),
         index=jax.lax.dynamic_update_slice(cache.index, index, at),
         cursor=cache.cursor + batch.tokens.shape[1],
-        next_position=seen,
+        next_position=jnp.broadcast_to(seen[:, None], cache.next_position.shape),
         last_step=last,
         last_index=index[:, -1],
     )
@@ -148,11 +150,20 @@ def frequencies(head_dim: int, theta: float, scaling: config.RopeScaling) -> tup
     return f.astype(np.float32), scaling.attention or 0.1 * math.log(scaling.factor) + 1
 
 
-def rope(x_BTNH, position_BT, theta: float, scaling: config.RopeScaling = config.RopeScaling()):  # noqa: B008, frozen
-    """Rotary position embedding (Su et al. 2021), halves convention: dimension i turns with dimension i + H/2."""
-    half = x_BTNH.shape[-1] // 2
+def rope(x_BTNH, position_BTA, theta: float, scaling: config.RopeScaling = config.RopeScaling()):  # noqa: B008, frozen
+    """Rotary position embedding (Su et al. 2021), halves convention: dimension i turns with dimension i + H/2.
+
+    Over three axes (time, row, column) each turns a section of the dimensions of its own, 2 : 3 : 3 of them, the
+    fastest ones by time (Wang et al. 2024, Qwen2-VL).
+    """
+    half, axes = x_BTNH.shape[-1] // 2, position_BTA.shape[-1]
     frequency, factor = frequencies(x_BTNH.shape[-1], theta, scaling)
-    angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency
+    position = position_BTA
+    if axes == 3:
+        space = 3 * half // 8
+        axis = np.repeat(np.arange(3), [half - 2 * space, space, space])
+        position = position_BTA[..., axis]
+    angle = position[:, :, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle) * factor, jnp.cos(angle) * factor
     a, b = x_BTNH[..., :half].astype(jnp.float32), x_BTNH[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

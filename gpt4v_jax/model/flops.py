@@ -86,8 +86,8 @@ def parts(ours, layout: batch_lib.Layout | None = None, causal: bool = False) ->
 def _model(c: config.Model, layout: batch_lib.Layout, causal: bool) -> dict[str, int]:
     T, S, D = layout.context, layout.source, c.backbone.width
     flops = {}
-    if layout.size:
-        flops |= _within("image", _media(c.image, D, layout.items))
+    for name in layout.media:
+        flops |= _within(name, _media(getattr(c, name), D, *layout.budget(name)))
     if c.source:
         flops |= _within("source", stack(c.source, S, windows=causal))
     flops |= _within("backbone", stack(c.backbone, T, causal and c.causal, causal, memory=S))
@@ -96,13 +96,20 @@ def _model(c: config.Model, layout: batch_lib.Layout, causal: bool) -> dict[str,
     return flops | {"head": 2 * T * D * c.vocab}
 
 
-def _media(c: config.Image, stream: int, items: int) -> dict[str, int]:
-    """`items` pictures on their way into a stream of this width: class tokens are encoded, but do not enter it."""
-    if not c.encoder:
-        return {"image/embed": items * _patches(c, stream)}
-    one = {"image/embed": _patches(c, c.encoder.width)} | _within("encoder", stack(c.encoder, _positions(c)))
-    one["connector"] = 2 * c.grid**2 * c.encoder.width * stream
-    return {name: items * count for name, count in one.items()}
+def _media(c: config.Image | config.Video | config.Audio, stream: int, items: int, patches: int) -> dict[str, int]:
+    """`patches` patches of `items` media, all of a size, on their way into a stream of this width: class tokens are
+    encoded, but do not enter it."""
+    width = c.encoder.width if c.encoder else stream
+    if isinstance(c, config.Audio) and c.front == "conv":
+        convolutions = 2 * patches * c.patch * 3 * c.bins * width + 2 * patches * (c.patch + 1) * width * width
+        flops = {"front": convolutions}
+    else:
+        flops = {"embed": 2 * patches * c.values * width}
+    if c.encoder:
+        one = stack(c.encoder, patches // items + (isinstance(c, config.Image) and c.class_token))
+        flops |= _within("encoder", {name: items * count for name, count in one.items()})
+        flops["connector"] = 2 * patches * c.encoder.width * stream
+    return flops
 
 
 def image_tower(c: config.Image) -> dict[str, int]:

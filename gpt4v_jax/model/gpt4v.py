@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.model import attention, fusion
+from gpt4v_jax.model.audio import AudioEmbed
 from gpt4v_jax.model.backbone import Backbone
 from gpt4v_jax.model.image import ImageEmbed
 from gpt4v_jax.model.layers import ACTIVATIONS, Kernel, Linear, Norm, Vector
 from gpt4v_jax.model.text import TextEmbed
+from gpt4v_jax.model.video import VideoEmbed
 from gpt4v_jax.sharding import shard
 
 
@@ -73,8 +75,12 @@ class GPT4V(nn.Module):
     def setup(self):
         c = self.config
         self.text = TextEmbed(c)
-        if c.image.size:
+        if c.image:
             self.image = ImageEmbed(c, self.compute)
+        if c.video:
+            self.video = VideoEmbed(c, self.compute)
+        if c.audio:
+            self.audio = AudioEmbed(c, self.compute)
         self.backbone = Backbone(c.backbone, c.position == "rope", both_ways=not c.causal, compute=self.compute)
         if c.embed_norm:
             self.embed_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
@@ -108,17 +114,19 @@ class GPT4V(nn.Module):
             )
 
         segments = [self.text(batch, step)]
-        if batch.image is not None:
-            segments.append(self.image(batch.image, batch.document, step))
-            features, budget = segments[-1].x.shape[1], self.layout.patch_budget
-            if features != budget and cache is None:  # a gather beyond the end would clamp silently
-                raise ValueError(f"the image embedder made {features} features a row, the layout lays {budget} slots")
+        for name in self.layout.media:
+            media = getattr(batch, name)
+            if media is not None:  # a step of decoding has none
+                segments.append(getattr(self, name)(media, batch.document, step))
+                features, budget = segments[-1].x.shape[1], self.layout.budget(name)[1]
+                if features != budget:  # a gather beyond the end would clamp silently
+                    raise ValueError(f"the {name} embedder made {features} features a row, the layout has {budget}")
         fused = fusion.KINDS[self.config.fusion.kind](segments, batch.slot)
 
         memory = self._memory(batch, step, cache, keys) if self.config.source else None
         x = shard(self.embed_norm(fused.stream) if self.config.embed_norm else fused.stream, "batch")
         hidden, kvs, memory_kvs, out = self.backbone(
-            x, batch.position[..., 0], sight, cache, keys, capture, memory
+            x, batch.position, sight, cache, keys, capture, memory
         )
         if cache is not None:
             k, v = zip(*kvs, strict=True)
@@ -140,7 +148,7 @@ class GPT4V(nn.Module):
             vectors = self.text.source(source)
             vectors = shard(self.source_norm(vectors) if self.config.embed_norm else vectors, "batch")
             sight = attention.bidirectional(document)
-            vectors = self.source(vectors, source.position[..., 0], sight, keys=keys)[0]
+            vectors = self.source(vectors, source.position, sight, keys=keys)[0]
         zero = jnp.zeros_like(document)  # step 0: every step sees all of its document's source
         return vectors, attention.Sight(batch.document, step, document, zero, reach=document.shape[1])
 

@@ -2,20 +2,19 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
+from gpt4v_jax.model import media as media_lib
 from gpt4v_jax.model.backbone import Attention, Backbone
 from gpt4v_jax.model.layers import MLP, Linear, Norm, Table, Vector
 
-PATCH_NORM_EPS = 1e-2  # of the variance of values in [-1, 1]: an empty patch stays empty, its noise is not blown up
+KIND = 1 + batch_lib.MEDIA.index("image")
 
 
 class PatchEmbed(nn.Module):
-    """Patches [B,M,p] uint8 at index [B,M,3] -> [B,M,D]: one linear map (Dosovitskiy et al. 2020) + position;
-    with patch_norm a LayerNorm on both sides of the map (Kumar et al. 2023).
+    """Patches [B,M,p] uint8 at index [B,M,3] -> [B,M,D]: what they show (media.content) + a learned position.
 
     With a class token, [B,C,D] of them come first; they lie on row 0 of the table of positions.
     """
@@ -26,13 +25,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, patch_BMp, index_BM3, class_tokens: int = 0):
         c = self.config
-        mean, std = (np.tile(np.array(x), c.patch**2) for x in (c.mean, c.std))
-        x = patch_BMp.astype(jnp.float32) / (255 * std).astype(np.float32) - (mean / std).astype(np.float32)
-        if c.patch_norm:
-            x = Norm("layer", PATCH_NORM_EPS, name="patch_norm")(x)
-        x = Linear((c.patch**2 * 3,), (self.width,), c.patch_bias, name="embed")(x)
-        if c.patch_norm:  # without it training makes the content ten times as large, and a patch's place is lost in it
-            x = Norm("layer", PATCH_NORM_EPS, name="content_norm")(x)
+        x = media_lib.content(media_lib.pixels(c, patch_BMp), self.width, c.patch_norm, c.patch_bias)
         if c.position == "learned":
             # Nearly as large as what patches show: at 0.02 a patch's place is lost beside that for an epoch.
             table = Table(c.class_token + c.grid**2, self.width, 0.5, name="position")
@@ -56,8 +49,9 @@ def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, comput
     if c.pre_norm:
         x = Norm("layer", c.encoder.norm_eps, name="pre_norm")(x)
     item = item_BM if item_BN is None else jnp.concatenate([item_BN, item_BM], axis=1)
-    encoder = Backbone(c.encoder, last_norm=not c.pool_norm, compute=compute, name="encoder")
-    return encoder(x, None, attention.bidirectional(item))[0]
+    rotary = c.position == "rope"
+    encoder = Backbone(c.encoder, rotary, last_norm=not c.pool_norm, compute=compute, name="encoder")
+    return encoder(x, index_BM3 if rotary else None, attention.bidirectional(item))[0]
 
 
 class ImageEmbed(nn.Module):
@@ -75,13 +69,7 @@ class ImageEmbed(nn.Module):
             x = Linear((c.encoder.width,), (width,), True, name="connector")(x)
         else:
             x = PatchEmbed(c, width, name="image")(media.patch, media.index)
-        # A medium takes the document and the step of its first placeholder.
-        item_at = jnp.take_along_axis(media.at, jnp.maximum(media.item - 1, 0), axis=1)
-
-        def at(values):
-            return jnp.where(media.item > 0, jnp.take_along_axis(values, jnp.maximum(item_at, 0), axis=1), 0)
-
-        return batch_lib.Segment(x, at(document), at(step), media.item, kind=batch_lib.IMAGE)
+        return media_lib.segment(x, media, document, step, KIND)
 
 
 class ImageTower(nn.Module):

@@ -67,7 +67,7 @@ class TextTower(nn.Module):
             sight = attention.within(batch.document, step, reach=0)
         else:
             sight = attention.bidirectional(batch.document)
-        x, *_ = Backbone(c.backbone, c.position == "rope", name="backbone")(x, batch.position[..., 0], sight)
+        x, *_ = Backbone(c.backbone, c.position == "rope", name="backbone")(x, batch.position, sight)
         last = jnp.maximum(jnp.sum(batch.document > 0, axis=1) - 1, 0)
         pooled = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return Linear((c.backbone.width,), (self.width,), self.bias, name="head")(pooled)

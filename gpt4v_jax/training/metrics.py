@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -120,7 +121,10 @@ def read(workdir: Path) -> list[dict]:
 
 def evaluated(workdir: Path, step: int) -> bool:
     """Is there an evaluation of this step?"""
-    return any(line["step"] == step and any("/" in name for name in line) for line in read(workdir))
+    return any(
+        line["step"] == step and any("/" in name and not name.startswith("data/") for name in line)
+        for line in read(workdir)
+    )
 
 
 class Report:
@@ -146,16 +150,18 @@ class Report:
     def line(self, text: str) -> None:
         self._progress.line(text)
 
-    def step(self, step: int, values: dict, epoch: int) -> None:
-        """values: device scalars, which are read one line late; epoch: the one that the step belongs to."""
+    def step(self, step: int, values: dict, epoch: int, read: Callable[[], dict[str, float]] = dict) -> None:
+        """values: device scalars, which are read one line late; epoch: the one that the step belongs to; read() -> what
+        has been read of each source, "data/..."."""
         if step == self._start + 1:
             jax.block_until_ready(values)
             self._first = self._clock.busy()
             self.line(f"first step done after {self._clock.total():.1f} s, compilation included")
-            self._log.write(step, values)
+            self._log.write(step, values | read())
         elif step % self._every == 0 or step == self._total:
             rate = self._row_tokens * (step - self._start - 1) / max(self._clock.busy() - self._first, 1e-9)
-            self._show(self._log.later(step, values | {"tokens_per_second": rate, "epoch": epoch} | self._minutes()))
+            more = {"tokens_per_second": rate, "epoch": epoch} | read() | self._minutes()
+            self._show(self._log.later(step, values | more))
             self._clock.write(step)
         self._progress.advance(step)
         self._since.append((values["loss"], values["accuracy"]))

@@ -18,6 +18,7 @@ import jax
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
+from gpt4v_jax.data import datasets, mixture
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import checkpoint
@@ -41,6 +42,13 @@ class Trained:
     model: GPT4V
     params: Any
     step: int
+
+    @property
+    def chats(self) -> bool:
+        """Whether a prompt is a user's turn; else it is text that the model goes on with."""
+        names = [entry.name for entry in mixture.entries(self.run.data)]
+        chat = not all(map(datasets.is_text, names)) and self.run.model.source is None
+        return chat and "<user>" in self.tokenizer.special
 
 
 @contextlib.contextmanager

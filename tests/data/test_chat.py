@@ -1,34 +1,42 @@
 """Documents: what is trained follows from roles; blocks follow from the layout."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax import config
 from gpt4v_jax.data import chat, tokenizer
 from tests import tiny
 
-CONCAT = batch_lib.layout(tiny.make_config(), config.Data())
-PREFIX = batch_lib.layout(tiny.make_config("prefix_lm"), config.Data())
-TEXTS = ["U1 A1", "I U3 A2", "U0 A0", "U1 I A2 U2 A1", "I I U1 A1", "I U1 A2 U3"]
+CONCAT = batch_lib.layout(tiny.make_config(media=True), tiny.DATA)
+PREFIX = batch_lib.layout(tiny.make_config("prefix_lm", media=True), tiny.DATA)
+TEXTS = [
+    "U1 A1", "I U3 A2", "U0 A0", "U1 I A2 U2 A1", "I I U1 A1", "I U1 A2 U3", "U1 I U2 A2", "V U2 A1", "S7 A2 S1 V U1 A1"
+]  # fmt: skip
+POSITIONS = {"image": 4, "video": 8, "audio": 0}  # of one; a sound's are half its frames, rounded up
 
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("layout", [CONCAT, PREFIX], ids=["concat", "prefix_lm"])
 def test_only_the_assistant_and_end_are_trained(text, layout):
-    end, user, assistant, image = (tiny.SPECIAL[name] for name in ("<end>", "<user>", "<assistant>", "<image>"))
-    tokens, trained = [], []
-    for piece in tiny.pieces(text):
-        if piece.picture >= 0:
-            ids, train = [image] * 4, False
-        elif piece.role == "user":
-            ids, train = [user, *piece.ids, assistant], False
-        else:
-            ids, train = [*piece.ids, end], True
-        tokens += ids
-        trained += [train] * len(ids)
+    """A turn is `<user>` its pieces `<assistant>` the answer `<end>`, however many pieces it has."""
+    end, user, assistant = (tiny.SPECIAL[name] for name in ("<end>", "<user>", "<assistant>"))
+    tokens, trained, role = [], [], ""
+    for role, turn in itertools.groupby(tiny.pieces(text), lambda piece: piece.role):
+        tokens += [user] if role == "user" else []
+        trained += [False] if role == "user" else []
+        for piece in turn:
+            ids = piece.ids
+            if piece.medium:
+                name = piece.medium.modality
+                count = POSITIONS[name] or -(-piece.medium.shape[0] // 2)
+                ids = [tiny.SPECIAL[f"<{name}>"]] * count
+            tokens += ids
+            trained += [role == "assistant"] * len(ids)
+        tokens += [assistant] if role == "user" else [end]
+        trained += [role == "assistant"]
     document = tiny.document(text, layout)
     np.testing.assert_array_equal(document.tokens, tokens)
     np.testing.assert_array_equal(document.target[:-1], tokens[1:])
@@ -37,15 +45,31 @@ def test_only_the_assistant_and_end_are_trained(text, layout):
     assert len(document) == len(tokens) == chat.length(tiny.pieces(text), layout)
 
 
+def test_what_a_document_takes_of_a_row():
+    """Positions, then items and patches of pictures, clips and sounds: no more than is laid."""
+    assert chat.needs(tiny.pieces("I I V U3 A2 S7 S1 A1"), CONCAT) == (33, 2, 8, 1, 8, 2, 5)
+    assert chat.needs(tiny.pieces("U1 A1"), CONCAT) == (5, 0, 0, 0, 0, 0, 0)
+    for text in TEXTS:
+        document = tiny.document(text, CONCAT)
+        assert chat.needs(tiny.pieces(text), CONCAT)[1:] == chat.media_needs([m for _, m in document.media], CONCAT)
+
+
 def test_blocks():
     text, T, F = "U1 I A1 I", True, False
-    np.testing.assert_array_equal(tiny.document(text, CONCAT).ar, [T, T, T] + [T, F, F, F] + [T, T] + [T, F, F, F])
+    # <user> U, a picture, <assistant> A <end> <user>, a picture, <assistant>
+    concat = [T, T] + [T, F, F, F] + [T] * 4 + [T, F, F, F] + [T]
+    np.testing.assert_array_equal(tiny.document(text, CONCAT).ar, concat)
     # prefix_lm: all before the first trained token is one block; a later picture is its own.
-    np.testing.assert_array_equal(tiny.document(text, PREFIX).ar, [T, F, F] + [F] * 4 + [T, T] + [T, F, F, F])
+    np.testing.assert_array_equal(tiny.document(text, PREFIX).ar, [T] + [F] * 6 + concat[7:])
     np.testing.assert_array_equal(tiny.document("I U1", PREFIX).ar, [T] + [F] * 6)  # a prompt alone is all prefix
+    np.testing.assert_array_equal(tiny.document("V S3 A1", CONCAT).ar, [T] + [T] + [F] * 7 + [T, F] + [T] * 3)
     causal = dataclasses.replace(CONCAT, prefix="none")
     assert tiny.document(text, causal).ar.all()
-    assert tiny.document(text, CONCAT).pictures[0][0] == 3 and tiny.document(text, CONCAT).pictures[1][0] == 9
+    document = tiny.document(text, CONCAT)
+    assert [at for at, _ in document.media] == [2, 10]
+    assert [medium for _, medium in document.media] == [p.medium for p in tiny.pieces(text) if p.medium]
+    for at, _ in document.media:
+        assert (document.tokens[at : at + 4] == tiny.SPECIAL["<image>"]).all()
 
 
 def test_special_tokens_typed_by_a_user_are_plain_text():

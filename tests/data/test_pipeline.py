@@ -6,10 +6,10 @@ import pytest
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import packing, pipeline
+from gpt4v_jax.data import chat, packing, pipeline
 from tests import tiny
 
-LAYOUT = batch_lib.layout(tiny.make_config(context=24), config.Data(media=2))
+LAYOUT = batch_lib.layout(tiny.make_config(context=24), tiny.DATA)
 
 
 class Source:
@@ -19,21 +19,20 @@ class Source:
         self.texts = texts
         self.decoded = []
 
-    def picture(self, key):
-        self.decoded.append(key)
-        return tiny.picture(key)
+    def read(self, medium):
+        self.decoded.append(medium.key)
+        return tiny.reader(LAYOUT)(medium)
 
     def document(self, epoch, i):
         return tiny.document(self.texts[i], LAYOUT, seed=epoch * 100 + i)
 
-    def sizes(self, epoch):
-        documents = [self.document(epoch, i) for i in range(len(self.texts))]
-        return np.array([len(d) for d in documents]), np.array([len(d.pictures) for d in documents])
+    def needs(self, epoch):
+        return np.array([chat.needs(tiny.pieces(text, epoch * 100 + i), LAYOUT) for i, text in enumerate(self.texts)])
 
 
 def stream(start, stop, threads=0, source=None, rows=2, share=None):
     source = source or Source()
-    plan = packing.RowPlan(source.sizes, LAYOUT, seed=5)
+    plan = packing.RowPlan(source.needs, LAYOUT, seed=5)
     return list(pipeline.batches(source, plan, LAYOUT, rows, start, stop, threads, share))
 
 

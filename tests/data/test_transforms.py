@@ -82,6 +82,102 @@ def test_any_damage_is_an_input_error():
                 assert not ADDRESS.search(str(error))
 
 
+def whole(side: int) -> bytes:
+    """A whole PNG file of side x side grey pixels: 136 KiB for 12000 x 12000, which are 412 MiB as RGB."""
+    packer = zlib.compressobj(9)
+    pixels = b"".join(packer.compress(bytes(100 * (side + 1))) for _ in range(side // 100)) + packer.flush()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)), (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def test_a_small_file_of_many_pixels_is_never_decoded(monkeypatch):
+    data = whole(12000)
+    assert len(data) < 140 * 1024
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.size == (12000, 12000)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr(Image.core, "new", lambda *_: pytest.fail("memory was asked for"))
+    for function in (transforms.picture_shape, transforms.decode_rgb, lambda x: transforms.decode_picture(x, 8)):
+        with pytest.raises(transforms.BadMedium, match="12000x12000 is more than 64000000 pixels"):
+            function(data)
+
+
+@pytest.mark.parametrize("name", ["text", "empty", "12000 x 12000"])
+def test_shapes_of_bad_files(name):
+    data, message = BAD[name]
+    with pytest.raises(transforms.BadMedium, match=message) as error:
+        transforms.picture_shape(data)
+    assert not ADDRESS.search(str(error.value))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "late png"])
+def test_shapes_are_those_of_the_decoded_picture(kind, orientation, monkeypatch):
+    """Upright for every kind and orientation, and also where a PNG's EXIF follows its pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(RGB, kind.removeprefix("late "), exif=exif)
+    if kind == "late png":
+        at = data.index(b"eXIf") - 4
+        length = 12 + struct.unpack_from(">I", data, at)[0]
+        data = data[:at] + data[at + length : -12] + data[at : at + length] + data[-12:]
+    picture = transforms.decode_rgb(data)
+    assert picture.mode == "RGB" and (picture.height, picture.width) == ((6, 8) if orientation < 5 else (8, 6))
+    monkeypatch.setattr(Image.core, "new", lambda *_: pytest.fail("decoded"))
+    assert transforms.picture_shape(data) == (picture.height, picture.width)
+
+
+def test_decode_picture_is_decode_rgb_resized():
+    data = encoded(RGB, "jpeg")
+    np.testing.assert_array_equal(
+        decoded(data, 5), transforms.decode_rgb(data).resize((5, 5), Image.Resampling.BICUBIC)
+    )
+
+
+def test_crop_resize():
+    picture = Image.fromarray(RGB)  # 6 rows, 8 columns
+    np.testing.assert_array_equal(transforms.crop_resize(picture, (2, 1, 5, 6), 5, 3), RGB[1:6, 2:5])
+    enlarged = transforms.crop_resize(picture, (2, 1, 5, 6), 10, 9)
+    np.testing.assert_array_equal(
+        enlarged, picture.resize((9, 10), Image.Resampling.BICUBIC, box=(2, 1, 5, 6)), strict=True
+    )
+
+
+@pytest.mark.parametrize("width, height, box", [
+    (40, 20, (0, 4, 16, 12)), (20, 40, (4, 0, 12, 16)), (20, 20, (0, 0, 16, 16)), (900, 1, (0, 7, 16, 8)),
+])  # fmt: skip
+def test_letterbox(width, height, box):
+    """Aspect kept, in the middle; all else is grey."""
+    pixels = transforms.letterbox(Image.new("RGB", (width, height), (250, 10, 20)), 16)
+    left, top, right, bottom = box
+    expected = np.full((16, 16, 3), 128, np.uint8)
+    expected[top:bottom, left:right] = (250, 10, 20)
+    np.testing.assert_array_equal(pixels, expected, strict=True)
+
+
+def test_patchify_goes_row_by_row():
+    with_rest = np.pad(RGB, [(0, 1), (0, 1), (0, 0)])  # what makes no whole patch is left out
+    patches = transforms.patchify(with_rest, 2)  # 3 rows of 4 patches
+    assert patches.shape == (12, 12) and patches.dtype == np.uint8
+    for number, patch in enumerate(patches):
+        row, column = divmod(number, 4)
+        np.testing.assert_array_equal(patch.reshape(2, 2, 3), RGB[2 * row :, 2 * column :][:2, :2])
+
+
+def test_tubelets_go_by_time_then_rows():
+    frames = np.random.default_rng(1).integers(0, 256, (6, 4, 6, 3), np.uint8)
+    values = transforms.tubelets(frames, 2, 3)
+    assert values.shape == (2 * 2 * 3, 3 * 2 * 2 * 3) and values.dtype == np.uint8
+    for number, tubelet in enumerate(values):
+        time, row, column = number // 6, number // 3 % 2, number % 3
+        block = frames[3 * time :, 2 * row :, 2 * column :][:3, :2, :2]
+        np.testing.assert_array_equal(tubelet.reshape(3, 2, 2, 3), block)
+    with pytest.raises(ValueError):
+        transforms.tubelets(frames, 2, 4)
+
+
 def test_plain_rgb_is_resized_only():
     square = RGB[:, :6]
     np.testing.assert_array_equal(decoded(encoded(square), 6), square)

@@ -50,6 +50,7 @@ def test_a_picture_file_is_the_record_s_picture(folder, tmp_path, capsys, monkey
     ([], "--prompt is missing"),
     (["--prompt=x", "--image={dir}/text.png"], "text.png"),
     (["--prompt=x", "--image={dir}/absent.png"], "absent.png"),
+    (["--prompt=x", "--audio={dir}/text.png"], "reads no audio: leave --audio out"),
     (["--record=test:99999"], "--record=test:99999 must be test:0 to test:31"),
     (["--record=tset:0"], "did you mean 'test'"),
     (["--prompt=x", "--samples=0"], "samples=0 must be 1 or more"),

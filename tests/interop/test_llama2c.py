@@ -80,7 +80,7 @@ def test_rope_turns_neighbours(tmp_path):
     q, k = ((y[..., ::2] + 1j * y[..., 1::2]) * turn for y in (q, k))
     expected = np.einsum("TNH,SNH->NTS", q, np.repeat(k, HEADS // KV_HEADS, axis=1).conj()).real
     q, k = (jnp.einsum("TD,DNH->TNH", x, block[name]["kernel"])[None] for name in ("query", "key"))
-    q, k = (attention.rope(y, at[None], 10_000.0)[0] for y in (q, k))
+    q, k = (attention.rope(y, at[None, :, None], 10_000.0)[0] for y in (q, k))
     ours = np.einsum("TNH,SNH->NTS", q, np.repeat(k, HEADS // KV_HEADS, axis=1))
     np.testing.assert_allclose(ours, expected, atol=1e-3)
 

@@ -47,7 +47,7 @@ def run_of(folders, backbone="", image="", update=None, image_update=None, **cha
 
 def initialised(run):
     """-> (parameters as a run starts, parameters with the parts, the lines), both flat."""
-    module = GPT4V(run.model, batch_lib.layout(run.model, config.Data(media=2)))
+    module = GPT4V(run.model, batch_lib.layout(run.model, config.Data(image=config.Budget(2))))
     mesh = sharding.make_mesh(config.Mesh())
     rng = np.random.default_rng(9)  # drawn here, because initialisation takes its time to compile
     start = jax.tree.map(lambda x: jnp.array(rng.normal(size=x.shape), x.dtype), step_lib.abstract_params(module))

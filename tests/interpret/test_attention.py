@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import config
-from gpt4v_jax.data import packing
+from gpt4v_jax.data import chat, packing
 from gpt4v_jax.interpret import attention as interpret
 from gpt4v_jax.model import attention
 from gpt4v_jax.training.workdir import Trained
@@ -33,7 +33,7 @@ def used(trained, document, monkeypatch) -> list[np.ndarray]:
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "attend", attend)
-        batch = packing.stack([packing.fill([document], tiny.picture, trained.layout)])
+        batch = packing.stack([packing.fill([document], tiny.reader(trained.layout), trained.layout)])
         trained.model.apply({"params": trained.params}, batch)  # not compiled, so that the values are there to be seen
     return seen
 
@@ -41,14 +41,14 @@ def used(trained, document, monkeypatch) -> list[np.ndarray]:
 @pytest.mark.parametrize("values", [
     {}, {"kind": "prefix_lm"}, {"heads": 4, "kv_heads": 2, "depth": 3, "qk_norm": True},
 ])  # fmt: skip
-@pytest.mark.parametrize("text", ["I U4 A2", "U2 A2 I U3 A2"])
+@pytest.mark.parametrize("text", ["I U4 A2", "U2 A2 I U3 A2", "U1 I I A4"])
 def test_maps_are_the_weights_that_the_model_used(values, text, monkeypatch):
     trained = make(**values)
     document = tiny.document(text, trained.layout)
     layers = used(trained, document, monkeypatch)
-    first, key = document.pictures[0]
+    first = document.media[0][0]
     for query in (first + 1, len(document) - 4, len(document) - 1):
-        maps = interpret.over_picture(trained, document, tiny.picture(key), query)
+        maps = interpret.over_picture(trained, document, tiny.reader(trained.layout), query)
         assert maps.shape == (trained.run.model.backbone.depth, 2, 2)
         expected = [w[:, query, first : first + 4].mean(0).reshape(2, 2) for w in layers]
         np.testing.assert_allclose(maps, expected, atol=1e-6)
@@ -60,8 +60,31 @@ def test_maps_are_the_weights_that_the_model_used(values, text, monkeypatch):
 def test_what_comes_before_the_picture_sees_nothing_of_it():
     trained = make()
     document = tiny.document("U2 A2 I U3", trained.layout)
-    first, key = document.pictures[0]
-    assert (interpret.over_picture(trained, document, tiny.picture(key), first - 1) == 0).all()
+    first, read = document.media[0][0], tiny.reader(trained.layout)
+    assert (interpret.over_picture(trained, document, read, first - 1) == 0).all()
+    assert (interpret.over_picture(trained, document, read, first) > 0).all()
+
+
+def test_the_first_picture_is_found_among_clips_and_sounds():
+    """And of a picture in tiles the map is the thumbnail's."""
+    trained = make(media=True, context=64, image={"tiles": 4})
+    pieces = [*tiny.pieces("V S5"), chat.Piece("user", medium=chat.Medium("image", 5, (8, 8))), *tiny.pieces("U2 I A2")]
+    document = chat.document(pieces, tiny.SPECIAL, trained.layout)
+    first = 1 + 8 + 3
+    assert [at for at, _ in document.media] == [1, 9, first, first + 5 * 4 + 2]
+    read, query = tiny.reader(trained.layout), len(document) - 1
+    maps = interpret.over_picture(trained, document, read, query)
+
+    def changed(medium):  # of the picture in tiles, the thumbnail's last patch
+        views = read(medium)
+        if len(views) > 1:
+            views[0][0][3] ^= 255
+        return views
+
+    other = interpret.over_picture(trained, document, changed, query)
+    ratio = (other / maps)[0]
+    assert maps.shape == (2, 2, 2) and (maps > 0).all() and (maps.sum((1, 2)) < 1).all()
+    assert abs(ratio[1, 1] - ratio[0, 0]) > 1e-3, "the last of the four is the patch that was changed"
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 0)])
@@ -70,10 +93,12 @@ def test_a_weight_lies_where_its_patch_is(row, column):
     when one patch changes, the weights of the others keep their ratios."""
     trained = make(heads=1)  # a mean over heads would mix their sums
     document = tiny.document("I U3", trained.layout)
-    picture = tiny.picture(5)
-    changed = picture.copy()
-    changed[2 * row : 2 * row + 2, 2 * column : 2 * column + 2] ^= 255
-    before, after = (interpret.over_picture(trained, document, p, len(document) - 1)[0] for p in (picture, changed))
+    def read(medium):
+        ((patches, index),) = tiny.reader(trained.layout)(medium)
+        return [(patches ^ 255 * (index == [0, row, column]).all(1, keepdims=True).astype(np.uint8), index)]
+
+    both = (tiny.reader(trained.layout), read)
+    before, after = (interpret.over_picture(trained, document, r, len(document) - 1)[0] for r in both)
     ratio = after / before
     others = np.delete(ratio.ravel(), 2 * row + column)
     np.testing.assert_allclose(others, others[0], rtol=1e-4)

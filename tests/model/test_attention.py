@@ -68,7 +68,7 @@ def test_grouped_queries_are_repeated_heads():
 
 def test_rope_sees_distances_only():
     q, k = normal(0, 1, 6, 2, 8), normal(1, 1, 6, 2, 8)
-    at = jnp.arange(6)[None]
+    at = jnp.arange(6)[None, :, None]
 
     def scores(shift):
         return jnp.einsum("BTNH,BSNH->BNTS", *(attention.rope(x, at + shift, 100.0) for x in (q, k)))
@@ -82,7 +82,7 @@ def test_rope_by_hand():
     x, at, theta = np.asarray(normal(0, 1, 3, 1, 4)), np.array([[0, 1, 7]]), 100.0
     turned = (x[..., :2] + 1j * x[..., 2:]) * np.exp(1j * at[..., None, None] * theta ** -np.array([0, 0.5]))
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(attention.rope(jnp.array(x), jnp.array(at), theta), expected, atol=1e-5)
+    np.testing.assert_allclose(attention.rope(jnp.array(x), jnp.array(at)[..., None], theta), expected, atol=1e-5)
 
 
 # ---- windows, caps, biases
@@ -225,7 +225,7 @@ def test_yarn_frequencies(truncate):
 
 
 def test_the_factor_of_yarn_lengthens_what_is_turned():
-    x, at = normal(0, 1, 5, 1, 16), jnp.arange(5)[None]
+    x, at = normal(0, 1, 5, 1, 16), jnp.arange(5)[None, :, None]
     turned = attention.rope(x, at, 10_000.0, config.RopeScaling("yarn", 8.0, 1000, attention=1.5))
     np.testing.assert_allclose(np.linalg.norm(turned, axis=-1), 1.5 * np.linalg.norm(x, axis=-1), rtol=1e-5)
 

@@ -39,7 +39,7 @@ def test_where_the_norms_stand(place, layer_scale, norm):
     c = dataclasses.replace(C, norm_place=place, layer_scale=layer_scale, norm=norm, bias=config.BIASES)
     x, sight = normal(1, 1, 5, 8), attention.within(jnp.ones((1, 5), jnp.int32), jnp.arange(5)[None], reach=0)
     backbone = Backbone(c, rotary=True)
-    at = jnp.arange(5)[None]
+    at = jnp.arange(5)[None, :, None]
     params = drawn(jax.eval_shape(backbone.init, jax.random.key(0), x, at, sight)["params"])
     p = params["block_0"]
 
@@ -84,7 +84,7 @@ def test_which_matrices_have_biases(part, names):
 
 def hidden_of(c, x, params=None):
     sight = attention.within(jnp.ones(x.shape[:2], jnp.int32), jnp.arange(x.shape[1])[None], reach=0)
-    backbone, at = Backbone(c, rotary=True), jnp.arange(x.shape[1])[None]
+    backbone, at = Backbone(c, rotary=True), jnp.arange(x.shape[1])[None, :, None]
     if params is None:
         params = drawn(jax.eval_shape(backbone.init, jax.random.key(0), x, at, sight)["params"])
     return np.asarray(jax.jit(backbone.apply)({"params": params}, x, at, sight)[0]), params

@@ -19,7 +19,7 @@ from gpt4v_jax.training import step as step_lib
 
 
 def layout_of(model: config.Model, **changes) -> batch_lib.Layout:
-    return dataclasses.replace(batch_lib.layout(model, config.Data(media=1)), **changes)
+    return dataclasses.replace(batch_lib.layout(model, config.Data(image=config.Budget(1))), **changes)
 
 
 def test_gpt2():
@@ -123,14 +123,14 @@ def test_pictures_in_a_stream():
     encoder = config.Backbone(depth=3, width=32, heads=2)
     image = config.Image(size=12, patch=4, class_token=True, encoder=encoder)
     model = config.Model(vocab=8, context=64, backbone=config.Backbone(depth=1, width=48, heads=2), image=image)
-    counts = flops.parts(model, batch_lib.layout(model, config.Data(media=5)))
+    counts = flops.parts(model, batch_lib.layout(model, config.Data(image=config.Budget(5))))
     assert {name: count for name, count in counts.items() if name.startswith("image/")} == {
         "image/embed": 5 * 2 * 9 * 48 * 32,
         "image/encoder/attention": 5 * 3 * (2 * 10 * 4 * 32**2 + 4 * 10**2 * 32),
         "image/encoder/mlp": 5 * 3 * 2 * 10 * 8 * 32**2,
         "image/connector": 5 * 2 * 9 * 32 * 48,
     }
-    assert flops.forward(model, batch_lib.layout(model, config.Data(media=5)))["image"] == sum(
+    assert flops.forward(model, batch_lib.layout(model, config.Data(image=config.Budget(5))))["image"] == sum(
         count for name, count in counts.items() if name.startswith("image/")
     )
 

@@ -1,5 +1,6 @@
 """The whole model: who sees whom (by gradients), packing, every variant's first loss, pictures, the cache."""
 
+import dataclasses
 import functools
 
 import jax
@@ -72,7 +73,7 @@ def test_prefix_lm_sees_picture_and_prompt_whole():
     model, _ = influence_of("prefix_lm", "learned")
     law = allowed(tiny.rows(model.layout, ("I U2 A3 U1 A1",)))
     expected = np.tril(np.ones((T, T), bool))
-    expected[:8, :8] = True  # 4 patches, <user>, two tokens, <assistant>
+    expected[:8, :8] = True  # <user>, 4 patches, two tokens, <assistant>
     expected[17:] = expected[:, 17:] = False
     np.testing.assert_array_equal(law, expected)
 
@@ -83,7 +84,7 @@ def test_a_picture_moves_what_may_see_it(kind, encoder):
     """Another second picture, or a black one, changes logits just where the mask law allows."""
     model, params = tiny.make_model(tiny.make_config(kind, context=T, encoder=encoder))
     forward = jax.jit(lambda batch: step_lib.forward(model, params, batch)[0])
-    batch = tiny.rows(model.layout, ("U1 I A2", "U1 A1 I A3"))
+    batch = tiny.rows(model.layout, ("U1 I A2", "U1 A1 I A1"))
     before = np.asarray(forward(batch))
     first = batch.image.at[0, 1]
     assert batch.tokens[0, first] == tiny.SPECIAL["<image>"] and batch.document[0, first] == 2
@@ -161,12 +162,13 @@ def test_cached_decoding_equals_the_whole(kind):
     model, params = tiny.make_model(tiny.make_config(kind, context=T, kv_heads=1))
     whole = tiny.rows(model.layout, ("I U2 A3 U1 I A4",), ("U3 A2 U1 A1 U1 A1",))
     hidden = jax.jit(lambda batch: model.apply({"params": params}, batch)[0])(whole)
-    append = jax.jit(lambda batch, cache: model.apply({"params": params}, batch, cache)[:2])
+    one = model.clone(layout=dataclasses.replace(model.layout, items=(1, 0, 0), patches=(4, 0, 0)))  # picture a chunk
+    append = jax.jit(lambda batch, cache: one.apply({"params": params}, batch, cache)[:2])
     cache = attention.empty_cache(model.config.backbone, 2, T)
     stream = ("tokens", "slot", "position", "document", "ar", "target", "weight")
-    for start, stop in [(0, 15), (15, 19), *((t, t + 1) for t in range(19, T))]:
+    for start, stop in [(0, 14), (14, 18), *((t, t + 1) for t in range(18, T))]:
         part = whole.replace(**{name: getattr(whole, name)[:, start:stop] for name in stream}, image=None)
-        if start in (0, 15):  # these chunks have row 0's first and second picture, alone
+        if start in (0, 14):  # these chunks have row 0's first and second picture, alone
             items = slice(0, 1) if start == 0 else slice(1, 2)
             patches = slice(4 * items.start, 4 * items.stop)
             image = batch_lib.Media(

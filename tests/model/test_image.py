@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt4v_jax.data import packing
+from gpt4v_jax.data import transforms
 from gpt4v_jax.model.image import ImageEmbed, PatchEmbed
 from tests import tiny
 
@@ -17,7 +17,7 @@ def test_patches_and_linear_are_a_convolution(patch_norm):
     index = np.zeros((1, 9, 3), np.int32)
     index[0, :, 1:] = [(row, column) for row in range(3) for column in range(3)]
     embed = PatchEmbed(image, width)
-    variables = embed.init(jax.random.key(0), packing.patchify(picture, patch)[None], index)
+    variables = embed.init(jax.random.key(0), transforms.patchify(picture, patch)[None], index)
     params = jax.tree.map(np.asarray, variables["params"])
     kernel = params["embed"]["kernel"].reshape(patch, patch, 3, width)
     bias = np.arange(width)
@@ -25,7 +25,7 @@ def test_patches_and_linear_are_a_convolution(patch_norm):
     if patch_norm:  # away from their first values, 1 and 0
         scale = np.linspace(0.5, 2, width, dtype=np.float32)
         params["content_norm"] = {"scale": scale, "bias": np.ones(width, np.float32)}
-    x = embed.apply({"params": params}, packing.patchify(picture, patch)[None], index)[0]
+    x = embed.apply({"params": params}, transforms.patchify(picture, patch)[None], index)[0]
 
     pixels = picture / 127.5 - 1  # -1 to 1
     for row in range(3):
@@ -62,7 +62,8 @@ def test_where_a_picture_lies():
     step = np.cumsum(batch.ar, axis=1)
     segment = ImageEmbed(model.config).apply({"params": params["image"]}, batch.image, batch.document, step)
     first = int(batch.image.at[0, 0])
-    np.testing.assert_array_equal(batch.tokens[0, first - 1 : first + 5], [3, 4, 4, 4, 4, batch.tokens[0, first + 4]])
+    asked = batch.tokens[0, first - 2 : first]
+    np.testing.assert_array_equal(batch.tokens[0, first - 3 : first + 5], [2, *asked, 4, 4, 4, 4, 3])
     np.testing.assert_array_equal(segment.document, [[2] * 4 + [0] * 4])
     np.testing.assert_array_equal(segment.step, [[step[0, first]] * 4 + [0] * 4])
     np.testing.assert_array_equal(segment.item, [[1] * 4 + [0] * 4])

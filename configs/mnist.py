@@ -1,0 +1,27 @@
+"""Handwritten digits, answered in text.
+
+python -m gpt4v_jax.train --config configs/mnist.py --workdir runs/mnist
+
+Measured: not yet.
+"""
+
+from gpt4v_jax import config as config_lib
+
+
+def get_config(arg: str = ""):
+    config_lib.arguments(arg)
+    config = config_lib.default()
+    config.steps, config.batch, config.log_every, config.save_every = 2000, 32, 100, 400
+
+    config.model.context = 100  # four digits a row
+    config.model.embed_norm = True
+    config.model.image.update(size=28, patch=7, patch_norm=True)
+    config.model.backbone.update(depth=4, width=128, heads=4)
+
+    config.data.update(name="mnist", vocab=300, augment=("shift",))
+    config.data.image.items = 4
+
+    config.optim.update(name="muon", lr=5e-3, final=0.0)
+
+    config.eval.update(evaluators=("questions",), every=400, limit=1000, best="questions/accuracy")
+    return config

@@ -1,0 +1,30 @@
+"""Questions about clips of moving handwritten digits: which one, which way, how many, who came first.
+
+python -m gpt4v_jax.train --config configs/moving_digits.py --workdir runs/moving_digits
+python -m gpt4v_jax.train --config configs/moving_digits.py:frames=1 --workdir runs/moving_digits_still
+
+Measured: not yet.
+"""
+
+from gpt4v_jax import config as config_lib
+
+
+def get_config(arg: str = ""):
+    """Arguments: frames=12 (1: the same model sees a single frame, the middle one)."""
+    arg = config_lib.arguments(arg, frames="12")
+    config = config_lib.default()
+    config.steps, config.batch, config.log_every, config.save_every = 1500, 16, 100, 300
+
+    config.model.context = 224
+    config.model.embed_norm = True
+    tubelet = 2 if arg["frames"] == "12" else 1
+    config.model.video.update(size=40, patch=10, frames=int(arg["frames"]), tubelet=tubelet, patch_norm=True)
+    config.model.backbone.update(depth=4, width=128, heads=4)
+
+    config.data.update(name="moving_digits", vocab=320, turns=8)
+    config.data.video.items = 2
+
+    config.optim.update(name="muon", lr=5e-3, final=0.0)
+
+    config.eval.update(evaluators=("questions", "permuted"), every=300, limit=200, best="questions/accuracy")
+    return config

@@ -1,0 +1,27 @@
+"""Translation of captions, German to English, by a language model whose prompt attends both ways.
+
+python -m gpt4v_jax.train --config configs/multi30k.py --workdir runs/multi30k
+
+Measured: not yet.
+"""
+
+from gpt4v_jax import config as config_lib
+
+
+def get_config(arg: str = ""):
+    """Arguments: pair=de-en|en-de|fr-en|en-fr|cs-en|en-cs."""
+    arg = config_lib.arguments(arg, pair="de-en")
+    config = config_lib.default()
+    config.steps, config.batch, config.log_every, config.save_every = 1600, 24, 100, 400
+
+    config.model.context = 128
+    config.model.embed_norm = True
+    config.model.backbone.update(depth=4, width=192, heads=6, dropout=0.1)
+    config.model.fusion.kind = "prefix_lm"
+
+    config.data.update(name=f"multi30k/{arg['pair']}", vocab=6000)
+
+    config.optim.update(name="muon", lr=5e-3, final=0.0)
+
+    config.eval.update(evaluators=("questions", "bleu"), every=400, limit=200)
+    return config

@@ -1,0 +1,42 @@
+"""One small model on text, questions about pictures, clips and speech.
+
+python -m gpt4v_jax.train --config configs/omni_tiny.py --workdir runs/omni_tiny
+python -m gpt4v_jax.train --config configs/omni_tiny.py:only=fsdd/george --workdir runs/omni_fsdd
+
+Measured: not yet.
+"""
+
+from gpt4v_jax import config as config_lib
+
+# How often an epoch reads each: about as many positions of each.
+MIXTURE = {"poetry/songci": 1.15, "easyvqa": 0.7, "moving_digits": 0.32, "fsdd/george": 1.5}
+EVALUATORS = {"poetry/songci": ("windows",), "easyvqa": ("questions", "permuted"),
+              "moving_digits": ("questions", "permuted"), "fsdd/george": ("questions", "permuted", "wer")}  # fmt: skip
+
+
+def get_config(arg: str = ""):
+    """Arguments: only, one data set of MIXTURE; all of them otherwise."""
+    only = config_lib.arguments(arg, only="")["only"]
+    names = [only] if only else list(MIXTURE)
+    config = config_lib.default()
+    config.steps, config.batch, config.log_every, config.save_every = 2000, 4, 100, 400
+
+    config.model.context = 1024
+    config.model.embed_norm = True
+    config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
+    config.model.image.update(size=64, patch=8, patch_norm=True)
+    config.model.video.update(size=40, patch=10, frames=12, tubelet=2, patch_norm=True)
+    config.model.audio.update(bins=80, patch=4, seconds=6.0, patch_norm=True)
+
+    config.data.mixture = tuple(f"{name}: {MIXTURE[name]}" for name in names)
+    config.data.update(vocab=4000, turns=6, window=64, augment=("shift", "voice", "mask"))
+    config.data.image.items = 2
+    config.data.video.items = 2
+    config.data.audio.update(items=10, patches=208)
+
+    config.optim.update(name="muon", lr=5e-3, final=0.0)
+
+    config.eval.update(every=400, limit=100)
+    at = "@{}" if len(names) > 1 else ""
+    config.eval.evaluators = tuple(e + at.format(name) for name in names for e in EVALUATORS[name] if e != "wer")
+    return config

@@ -1,0 +1,25 @@
+"""Chinese poems of the Tang dynasty, as a language model.
+
+python -m gpt4v_jax.train --config configs/poetry.py --workdir runs/poetry
+
+Measured: not yet.
+"""
+
+from gpt4v_jax import config as config_lib
+
+
+def get_config(arg: str = ""):
+    config_lib.arguments(arg)
+    config = config_lib.default()
+    config.steps, config.batch, config.log_every, config.save_every = 1500, 24, 100, 250
+
+    config.model.context = 128
+    config.model.embed_norm = True
+    config.model.backbone.update(depth=4, width=192, heads=6, dropout=0.2)
+
+    config.data.update(name="poetry/tang", vocab=8000)
+
+    config.optim.update(name="muon", lr=5e-3, final=0.0)
+
+    config.eval.update(evaluators=("windows",), every=250, best="windows/loss", best_mode="min")
+    return config

@@ -1,0 +1,187 @@
+"""moving_digits: short grey clips in which digits of MNIST appear and move, with questions about what happens.
+
+Made here, from the files of mnist (see mnist.py). A clip has 12 frames of 40x40 pixels, 8 a second, encoded without
+loss (FFV1 in Matroska). It shows 1 to 3 digits of different classes, 14 to 18 pixels large. Each appears at a frame of
+its own, at least 2 frames from the others, moves straight left, right, up or down at 1.5 to 3 pixels a frame, from the
+half of the picture that it comes from, and is gone after 5 to 8 frames, or before, when it leaves the picture: often no
+frame shows all digits. Of many draws of their places the one is taken in which digits overlap least.
+
+Questions want several frames: which digit moves left (only where exactly one does, and there are others), which way a
+digit moves, how many there are, which came first. `train` has digits of MNIST's training set, `validation` those of the
+first half of its test set and `test` those of the second.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from PIL import Image
+
+from gpt4v_jax.data.datasets import mnist, raw
+
+FRAMES, SIDE, RATE = 12, 40, 8  # frames of SIDE x SIDE pixels, RATE a second
+SIZES = (14, 18)  # pixels: the longer side of a digit's ink
+SPEEDS = (1.5, 3.0)  # pixels a frame
+GAP, LAST = 2, 7  # frames between two digits that appear, at least; the last frame at which one may
+STAYS = (5, 8)  # frames
+WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
+DRAWS = 200  # of places, for one clip
+SPLITS = ("train", "validation", "test")
+SEED = 0
+
+
+class Mover(NamedTuple):
+    """A digit of a clip."""
+
+    digit: int  # its class
+    way: str  # of WAYS
+    start: int  # the frame at which it appears
+    end: int  # the frame at which it is gone
+    ink: np.ndarray  # uint8 [height, width], without margin
+    corners: np.ndarray  # int [FRAMES, 2]: its upper left (y, x), pixels
+
+
+def ink(picture: np.ndarray, size: int) -> np.ndarray:
+    """picture: uint8 [28, 28] -> its ink alone, resized so that the longer side has `size` pixels."""
+    rows, columns = (np.flatnonzero(picture.any(axis)) for axis in (1, 0))
+    cut = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = (max(1, round(side * size / max(cut.shape))) for side in cut.shape)
+    return np.asarray(Image.fromarray(cut).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def starts(number: int, rng: np.random.Generator) -> np.ndarray:
+    """-> a frame for each of `number` digits, in random order, at least GAP apart."""
+    # As many frames without gaps, then the gaps between them.
+    free = np.sort(rng.choice(LAST + 1 - (number - 1) * (GAP - 1), number, replace=False))
+    return rng.permutation(free + np.arange(number) * (GAP - 1))
+
+
+def paths(sizes: np.ndarray, ways: list[str], begin: np.ndarray, end: np.ndarray, rng: np.random.Generator):
+    """sizes [n, 2]: heights and widths; ways [n]; begin, end [n]: the frames at which they appear and are gone
+    -> upper left corners int [n, FRAMES, 2]."""
+    n = len(sizes)
+    speed = np.array([WAYS[way] for way in ways]) * rng.uniform(*SPEEDS, (DRAWS, n, 1))  # [DRAWS, n, 2]
+    room = SIDE - sizes
+    place = rng.uniform(0, 1, (DRAWS, n, 2))
+    # Along its way a digit starts in the first half of the room.
+    place = np.where(speed > 0, place / 2, np.where(speed < 0, 1 - place / 2, place)) * room
+    age = np.arange(FRAMES) - begin[:, None]  # [n, FRAMES]
+    shown = (age >= 0) & (np.arange(FRAMES) < end[:, None])
+    corners = np.rint(place[:, :, None] + speed[:, :, None] * age[..., None]).astype(int)  # [DRAWS, n, FRAMES, 2]
+    overlap = np.zeros(DRAWS)
+    for i in range(n):
+        for j in range(i):
+            low = np.maximum(corners[:, i], corners[:, j])
+            high = np.minimum(corners[:, i] + sizes[i], corners[:, j] + sizes[j])
+            overlap += (np.maximum(high - low, 0).prod(-1) * (shown[i] & shown[j])).sum(-1)
+    return corners[overlap.argmin()]
+
+
+def movers(pictures: np.ndarray, classes: np.ndarray, rng: np.random.Generator) -> list[Mover]:
+    """pictures uint8 [n, 28, 28], classes [n] -> the 1 to 3 digits of a clip, of different classes."""
+    number = rng.integers(1, 4)
+    digits = rng.choice(10, number, replace=False)
+    inks = [ink(pictures[rng.choice(np.flatnonzero(classes == d))], rng.integers(SIZES[0], SIZES[1] + 1))
+            for d in digits]
+    ways = [str(way) for way in rng.choice(list(WAYS), number)]
+    begin = starts(number, rng)
+    end = np.minimum(begin + rng.integers(STAYS[0], STAYS[1] + 1, number), FRAMES)
+    corners = paths(np.array([i.shape for i in inks]), ways, begin, end, rng)
+    return list(map(Mover, digits.tolist(), ways, begin.tolist(), end.tolist(), inks, corners))
+
+
+def frames(things: list[Mover]) -> np.ndarray:
+    """-> uint8 [FRAMES, SIDE, SIDE], 0 is background; where two overlap, the brighter one."""
+    margin = 2 * SIDE  # what is beyond the picture is drawn, too, and cut off at the end
+    canvas = np.zeros((FRAMES, SIDE + 2 * margin, SIDE + 2 * margin), np.uint8)
+    for thing in things:
+        height, width = thing.ink.shape
+        for t in range(thing.start, thing.end):
+            y, x = thing.corners[t] + margin
+            part = canvas[t, y : y + height, x : x + width]
+            np.maximum(part, thing.ink, out=part)
+    return canvas[:, margin:-margin, margin:-margin]
+
+
+def encode(clip: np.ndarray) -> bytes:
+    """uint8 [frames, height, width] -> a Matroska file; decoding it gives the same pixels."""
+    av = raw.extra("moving_digits", "av")
+
+    file = io.BytesIO()
+    # bitexact: without it Matroska writes a random id, and no two builds are equal.
+    with av.open(file, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("ffv1", rate=RATE)
+        stream.height, stream.width = clip.shape[1:]
+        stream.pix_fmt = "gray"
+        stream.thread_count = 1  # more would be slower for so little, and could cut a frame otherwise
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="gray")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def questions(things: list[Mover]) -> list[dict[str, str]]:
+    """-> every question that has one right answer in this clip, as {kind, question, answer}."""
+    found = [("count", "how many digits are there?", len(things))]
+    found += [("way", f"which way does the {thing.digit} move?", thing.way) for thing in things]
+    if len(things) > 1:  # else the only digit is the answer
+        found.append(("first", "which digit came first?", min(things, key=lambda thing: thing.start).digit))
+        for way in WAYS:
+            those = [thing.digit for thing in things if thing.way == way]
+            if len(those) == 1:
+                found.append(("which", f"which digit moves {way}?", those[0]))
+    return [{"kind": kind, "question": question, "answer": str(answer)} for kind, question, answer in found]
+
+
+def records(pictures: np.ndarray, classes: np.ndarray, split: str, number: int) -> Iterator[dict]:
+    """pictures uint8 [n, 28, 28], classes [n]: those that the split may use -> its records; a clip depends on (SEED,
+    split, index) alone."""
+    for i in range(number):
+        things = movers(pictures, classes, np.random.default_rng([SEED, SPLITS.index(split), i]))
+        yield {"video": np.frombuffer(encode(frames(things)), np.uint8), "questions": questions(things)}
+
+
+@dataclasses.dataclass
+class MovingDigitsConfig(tfds.core.BuilderConfig):
+    """Clips in each split."""
+
+    train: int = 8000
+    validation: int = 500
+    test: int = 1000
+
+
+class MovingDigits(tfds.core.GeneratorBasedBuilder):
+    """Clips of moving digits with questions; see the top of this file."""
+
+    VERSION = tfds.core.Version("1.0.0")  # raise it when a record changes: caches are kept by version
+    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
+    BUILDER_CONFIGS: ClassVar = [
+        MovingDigitsConfig(name="default", description="8,000 training clips"),
+        MovingDigitsConfig(name="small", description="a few clips, for tests", train=40, validation=20, test=20),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        return self.dataset_info_from_configs(
+            description="Short clips in which digits of MNIST appear and move, with questions.",
+            features=tfds.features.FeaturesDict({
+                "video": tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),  # a Matroska file
+                "questions": tfds.features.Sequence({"kind": text(), "question": text(), "answer": text()}),
+            }),
+            disable_shuffling=True,  # record i is clip i
+        )
+
+    def _split_generators(self, dl_manager):
+        parts = mnist.arrays(raw.manual_dir(dl_manager), "moving_digits")
+        half = len(parts["t10k"][0]) // 2
+        first, second = (tuple(array[cut] for array in parts["t10k"]) for cut in (slice(half), slice(half, None)))
+        of_split = zip(SPLITS, (parts["train"], first, second), strict=True)
+        return {split: enumerate(records(*part, split, getattr(self.builder_config, split)))
+                for split, part in of_split}
+
+    def _generate_examples(self):
+        """TFDS wants this method; the splits are made above."""

@@ -1,0 +1,87 @@
+"""What the model writes, against what people wrote: word error rate of speech, BLEU and chrF of translations.
+
+The scores are those of jiwer and sacrebleu; intervals are from 1,000 draws of the questions with replacement.
+"""
+
+import jax
+import numpy as np
+
+from gpt4v_jax import config
+from gpt4v_jax.data import chat, sources
+from gpt4v_jax.eval import common
+from gpt4v_jax.generate import decode
+from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training.workdir import Trained
+
+LONGER = 2  # an answer may be so many times as long as the longest true one
+DRAWS = 1000
+
+
+def answers(subject: common.Subject) -> tuple[list[str], list[str]]:
+    """-> (what greedy decoding writes to each question, the true answers)."""
+    if jax.process_count() > 1:
+        raise config.InputError("wer and bleu write text, which takes one process: evaluate without --distributed")
+    model = GPT4V(subject.run.model, subject.layout, subject.run.compute)
+    trained = Trained(subject.run, subject.layout, subject.tokenizer, subject.mesh, model, subject.params, 0)
+    asked = sources.Questions(subject.source)
+    unanswered = (asked.pieces(0, i, answered=False) for i in range(len(asked.items)))
+    prompts = [chat.document(pieces, asked.special, subject.layout) for pieces in unanswered]
+    longest = LONGER * max(len(turn.answer_ids) for _, turn in asked.items) + 1
+    # Neighbours in length share a batch: less padding, and few shapes.
+    order, rows, written = np.argsort([len(p) for p in prompts], kind="stable"), subject.run.eval.batch, {}
+    for first in range(0, len(order), rows):
+        subject.check()
+        part = order[first : first + rows]
+        padded = [prompts[i] for i in part] + [prompts[part[-1]]] * (rows - len(part))
+        found = decode.generate(trained, padded, asked.read, longest)
+        written |= {int(i): answer.text.strip() for i, answer in zip(part, found, strict=False)}
+    return [written[i] for i in range(len(prompts))], [turn.answer for _, turn in asked.items]
+
+
+def wer(subject: common.Subject) -> common.Result:
+    """Errors (substitutions, deletions, insertions) a word of the truth, and the share of answers without any."""
+    import jiwer
+
+    said, truth = answers(subject)
+    counts = [jiwer.process_words(t, s) for s, t in zip(said, truth, strict=True)]
+    errors = np.array([c.substitutions + c.deletions + c.insertions for c in counts])
+    words = np.array([c.hits + c.substitutions + c.deletions for c in counts])
+    low, high = _interval(lambda at: errors[at].sum() / words[at].sum(), len(said))
+    right = np.array([s == t for s, t in zip(said, truth, strict=True)])
+    metrics = {"wer": errors.sum() / words.sum(), "wer/low": low, "wer/high": high, "accuracy": right.mean()}
+    return common.Result(metrics, {"answers": (int(right.sum()), len(right))}, tuple(map(bool, right)))
+
+
+def bleu(subject: common.Subject) -> common.Result:
+    """Corpus BLEU (Papineni et al. 2002) and chrF (Popovic 2015), 0 to 100, as sacrebleu computes them by default (13a
+    tokens, case kept)."""
+    import sacrebleu
+
+    said, truth = answers(subject)
+    found = sacrebleu.corpus_bleu(said, [truth])
+    metric = sacrebleu.metrics.BLEU()
+    # A sentence's counts, so that a draw of sentences needs no counting again.
+    counts = np.array([_counts(metric.sentence_score(s, [t])) for s, t in zip(said, truth, strict=True)])
+    low, high = _interval(lambda at: _bleu(counts[at].sum(0)), len(said))
+    chrf = sacrebleu.corpus_chrf(said, [truth]).score
+    right = np.array([s == t for s, t in zip(said, truth, strict=True)])
+    metrics = {"bleu": found.score, "bleu/low": low, "bleu/high": high, "chrf": chrf, "accuracy": right.mean()}
+    return common.Result(metrics, {"answers": (int(right.sum()), len(right))}, tuple(map(bool, right)))
+
+
+def _counts(score) -> list[int]:
+    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
+
+
+def _bleu(counts: np.ndarray) -> float:
+    hits, totals, (said, true) = counts[:4], counts[4:8], counts[8:]
+    if not hits.all():
+        return 0.0
+    return float(100 * np.exp(np.log(hits / totals).mean()) * min(1.0, np.exp(1 - true / said)))
+
+
+def _interval(score, count: int) -> tuple[float, float]:
+    """-> the 2.5 % and 97.5 % quantiles of score(numbers of the drawn questions)."""
+    rng = np.random.default_rng(0)
+    drawn = [score(rng.integers(count, size=count)) for _ in range(DRAWS)]
+    return tuple(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
