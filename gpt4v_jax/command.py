@@ -35,6 +35,9 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), arguments: tu
 
 
 def _parse_flags(required: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:
+    if any(given in ("--help", "-h", "-help") for given in sys.argv[1:]):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(0)
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except (AttributeError, KeyError) as error:  # a key that a locked ConfigDict does not have; it names the nearest

@@ -30,7 +30,10 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 # Metrics that are no share of right answers -> how the table calls them.
-OTHERS = {"loss_a_character": "nats a character", "wer": "word error rate", "bleu": "BLEU", "chrf": "chrF"}
+OTHERS = {
+    "loss_a_character": "nats a character", "loss_a_letter": "nats a letter", "wer": "word error rate", "bleu": "BLEU",
+    "chrf": "chrF",
+}  # fmt: skip
 
 
 def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int | None = None) -> dict[str, dict]:

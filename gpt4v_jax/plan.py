@@ -138,9 +138,9 @@ def with_vocabulary(run: config.Config) -> tuple[config.Config, list[str]]:
     data, vocab = run.data, run.model.vocab
     if vocab:
         return run, []
-    if data.tokenizer.endswith(".json"):
+    if data.tokenizer not in ("bpe", "wordpiece", "char"):  # the others need no corpus
         vocab, source = tokenizer_lib.train(data.tokenizer, (), data.vocab, data.end).vocab, f"of {data.tokenizer}"
-    elif data.tokenizer == "bpe":
+    elif data.tokenizer != "char":
         vocab, source = data.vocab, "data.vocab, an upper bound: the run trains its tokenizer"
     else:
         vocab, source = data.vocab, f"data.vocab, a stand-in: the run makes its {data.tokenizer!r} tokenizer itself"

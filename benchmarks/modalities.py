@@ -1,0 +1,142 @@
+"""docs/results/modalities.md from the workdirs of its runs: python -m benchmarks.modalities --runs runs
+
+The workdirs are those that the configs' first lines name, each trained and evaluated; what has not run is said to be
+missing. `emoji_neighbour` is the colour baseline of the captions, computed here from the data set.
+"""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from gpt4v_jax import command, config
+from gpt4v_jax.data import sources
+from gpt4v_jax.eval import common, retrieval
+
+_RUNS = flags.DEFINE_string("runs", "runs", "the folder of the workdirs")
+_OUT = flags.DEFINE_string("out", "docs/results", "where modalities.md goes", allow_override=True)
+
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+BINS = 6  # of each colour in a histogram
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One row: a number of a workdir's evaluation, and what it is to be compared with."""
+
+    what: str
+    workdir: str
+    split: str
+    evaluator: str
+    metric: str  # "accuracy": the share right, with its interval
+    bar: str
+    context: str
+    blind: str = ""  # another evaluator of the same run, or "workdir:evaluator" of another one
+
+
+TASKS = (
+    *(Task(f"spoken digits of {name}, never heard", f"fsdd_{name}", "test", "questions", "accuracy",
+           "mean of 6 >= 0.75", "0.690 logistic regression on MFCC statistics, mean of 6", "permuted")
+      for name in SPEAKERS),
+    *(Task(f"strings of 3 to 7 digits of {name}", f"fsdd_{name}", "strings", "wer", "wer", "", "", "")
+      for name in SPEAKERS),
+    Task("handwritten digits (MNIST)", "mnist", "test", "questions", "accuracy", ">= 0.985",
+         "0.992 a small convolution", "counted"),
+    Task("questions about pictures (easy-VQA)", "easyvqa", "test", "questions", "accuracy", ">= 0.93",
+         "0.670 question alone (TF-IDF), published 0.938 to 0.995", "permuted"),
+    Task("questions about clips of moving digits", "moving_digits", "test", "questions", "accuracy",
+         "0.30 above one frame", "one frame beside it", "moving_digits_still:questions"),
+    Task("German to English (Multi30k, test 2016)", "multi30k", "test", "bleu", "bleu", ">= 25",
+         "36.5 a transformer of 9.0 M, trained longer, lower-cased tokens"),
+    Task("the same, chrF", "multi30k", "test", "bleu", "chrf", "", ""),
+    Task("captions of emoji, retrieval at 1, five languages", "emoji", "test", "retrieval", "accuracy",
+         ">= 5 x a colour neighbour", "chance 1/176"),
+    Task("Tang poems, nats a character (validation)", "poetry", "validation", "windows", "loss_a_letter", "< 5.39",
+         "5.390 a 3-gram"),
+)  # fmt: skip
+
+
+def found(folder: Path, split: str, evaluator: str) -> common.Result | None:
+    """-> the newest result of an evaluation."""
+    paths = sorted(folder.glob(f"eval/{split}-{evaluator}/*.json"), key=lambda path: int(path.stem))
+    return common.Result(**json.loads(paths[-1].read_text())) if paths else None
+
+
+def number(result: common.Result | None, metric: str) -> str:
+    if result is None:
+        return "not run"
+    if metric == "accuracy":
+        return "{:.3f} ({:.3f} to {:.3f})".format(*result.share())
+    m = result.metrics
+    interval = " ({:.3f} to {:.3f})".format(m[f"{metric}/low"], m[f"{metric}/high"]) if f"{metric}/low" in m else ""
+    return f"{m[metric]:.3f}{interval}"
+
+
+def made(folder: Path) -> str:
+    """-> steps, minutes, commit and machine of a run."""
+    if not (folder / "environment.json").is_file():
+        return ""
+    environment = json.loads((folder / "environment.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    minutes = max(line.get("minutes", 0) for line in lines)
+    return f"{max(line['step'] for line in lines):,} steps, {minutes:.1f} min, {environment['commit']}"
+
+
+def neighbour(data: config.Data, kind: str) -> float:
+    """-> recall at 1 of captions of one kind by the training picture whose colours are nearest (cosine of histograms on
+    white): the caption of the test split that is most like that picture's (cosine of TF-IDF of 1 to 3 characters)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    def read(split):
+        captions, colours = [], []
+        for record in sources.usable(sources.open_split(data, split), data):
+            said = [answer for k, _, answer in sources.questions(record) if k == kind]
+            if said:
+                picture = Image.open(io.BytesIO(sources.bytes_of(record["image"]))).convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+                cells = np.asarray(picture).reshape(-1, 3).astype(int) * BINS // 256
+                counts = np.bincount(cells @ [BINS**2, BINS, 1], minlength=BINS**3).astype(float)
+                captions.append(said[0])
+                colours.append(counts / np.linalg.norm(counts))
+        return captions, np.array(colours)
+
+    (seen, colours), (asked, wanted) = read("train"), read("test")
+    nearest = (wanted @ colours.T).argmax(1)
+    words = TfidfVectorizer(analyzer="char", ngram_range=(1, 3)).fit(seen)
+    scores = (words.transform([seen[i] for i in nearest]) @ words.transform(asked).T).toarray()
+    return float((retrieval.ranked(scores, asked) < 1).mean())
+
+
+def page(runs: Path) -> str:
+    lines = ["| task | measured (95 %) | bar | blind | context | run |", "|---|---|---|---|---|---|"]
+    for task in TASKS:
+        folder = runs / task.workdir
+        where, _, evaluator = task.blind.rpartition(":")
+        beside = found(runs / where if where else folder, task.split, evaluator) if task.blind else None
+        blind = f"{task.blind} {number(beside, task.metric)}" if task.blind else ""
+        result = number(found(folder, task.split, task.evaluator), task.metric)
+        lines.append(f"| {task.what} | {result} | {task.bar} | {blind} | {task.context} | {made(folder)} |")
+    data = config.Data(name="emoji")
+    colour = {kind: neighbour(data, kind) for kind in ("de", "en", "fr", "ja", "zh")}
+    said = ", ".join(f"{kind} {share:.4f}" for kind, share in colour.items())
+    return "\n".join([
+        "# Tasks of every modality, from scratch on a CPU", "",
+        "One seed each, two shared cores. Written by `python -m benchmarks.modalities` from the configs' workdirs;",
+        "the command of each run opens its config. \"not run\" is what is still to do.", "",
+        *lines, "",
+        f"Colour neighbour of the captions (recall at 1): mean {np.mean(list(colour.values())):.4f}; {said}.",
+    ]) + "\n"  # fmt: skip
+
+
+def main() -> None:
+    path = Path(_OUT.value) / "modalities.md"
+    path.write_text(page(Path(_RUNS.value)))
+    print(path)
+
+
+if __name__ == "__main__":
+    command.run(main)
