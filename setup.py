@@ -38,7 +38,7 @@ TEST = [
 setup(
     name="gpt4v_jax",
     version="0.1.0",
-    description="One causal transformer over text and images, in JAX and Flax",
+    description="One causal transformer over text, images, video and sound, in JAX and Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt4v_jax", "gpt4v_jax.*"]),
