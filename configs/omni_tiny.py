@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
-    config.eval.update(every=400, limit=100)
+    config.eval.update(every=400, limit=100, batch=8)
     at = "@{}" if len(names) > 1 else ""
     config.eval.evaluators = tuple(e + at.format(name) for name in names for e in EVALUATORS[name] if e != "wer")
     return config

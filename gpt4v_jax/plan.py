@@ -26,8 +26,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _PRESET = flags.DEFINE_string("preset", None, "a published size, such as gpt2: a row of model/presets.py")
 
 ORDER = (  # of the names in a part's path: as they are met on the way through a model
-    "text", "image", "embed", "position", "source_position", "token_type", "class_token", "mask_token",
-    "source", "backbone", "encoder", "relative", "attention", "cross", "mlp", "scales", "norms",
+    "text", "image", "video", "audio", "front", "embed", "position", "time", "source_position", "token_type",
+    "class_token", "mask_token", "source", "backbone", "encoder", "relative", "attention", "cross", "mlp", "scales", "norms",
     "pool", "connector", "head_hidden", "head", "head_bias", "scale", "bias",
 )  # fmt: skip
 UNITS = ((1e16, "PFLOP", 1e15), (1e13, "TFLOP", 1e12), (1e9, "GFLOP", 1e9), (0, "MFLOP", 1e6))  # from, name, size
@@ -157,7 +157,7 @@ def plan_run(run: config.Config) -> list[Any]:
     layout = batch_lib.layout(run.model, run.data)
     costs_of = costs(run.model, layout)
     whole = total(costs_of)
-    title = f"{run.data.name}: {subject(run.model, layout)}"
+    title = f"{', '.join(run.data.mixture) or run.data.name}: {subject(run.model, layout)}"
     return [table(title, costs_of), bytes_of(whole.parameters), step_line(run, whole), *vocabulary, COUNTS]
 
 

@@ -47,6 +47,8 @@ def patches(
 def _picture(data: bytes, views, layout: batch_lib.Layout, augment, rng) -> list[np.ndarray]:
     c, picture, out = layout.image, transforms.decode_rgb(data), []
     flip, move = _drawn(augment, rng)
+    if len(views) > 1:  # tiles move together, and change places
+        picture, flip, move = Image.fromarray(_moved(np.asarray(picture)[None], flip, move)[0]), False, (0.0, 0.0)
     for view in views:
         left, top, right, bottom = view.box
         box = (left * picture.width, top * picture.height, right * picture.width, bottom * picture.height)

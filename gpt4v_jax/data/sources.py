@@ -282,8 +282,9 @@ class Conversations:
     def document(self, epoch: int, i: int) -> chat.Document:
         return chat.document(self.pieces(epoch, i), self.special, self.layout)
 
-    def read(self, medium: chat.Medium):
-        """-> its views' patches. Raises BadMedium where it cannot be decoded, and counts it."""
+    def read(self, medium: chat.Medium, blank: bool = False):
+        """-> its views' patches, or what `blank` makes of them. Raises BadMedium where it cannot be decoded, and counts
+        it."""
         key, drawn = medium.key
         where = f"{self.name}: record {key[0]}"
         rng = None if drawn < 0 else np.random.default_rng((self._seed, drawn, key[0]))
@@ -295,7 +296,7 @@ class Conversations:
             else:
                 data = raw["turns"][key[1]].parts[key[2]].read()
             return media.patches(
-                medium.modality, data, medium.shape, self.layout, medium.modality in self._data.blank,
+                medium.modality, data, medium.shape, self.layout, blank or medium.modality in self._data.blank,
                 self._data.augment, rng,
             )  # fmt: skip
         except BadMedium as error:
@@ -318,12 +319,16 @@ def _drawn(piece: chat.Piece, drawn: int) -> chat.Piece:
 class Questions:
     """The questions of a source one by one: each is a document of its own, its record's media and one turn.
 
-    media_of(record number in the source) -> another record's, for the baseline that permutes them.
+    media_of(record number in the source) -> another record's, for the baseline that permutes them; blank: for the one
+    that has only their places.
     """
 
-    def __init__(self, conversations: Conversations, media_of: Callable[[int], int] = lambda record: record):
+    def __init__(
+        self, conversations: Conversations, media_of: Callable[[int], int] = lambda record: record, blank: bool = False
+    ):
         self._media_of, self._records = media_of, conversations.records
-        self.layout, self.special, self.read = conversations.layout, conversations.special, conversations.read
+        self.layout, self.special = conversations.layout, conversations.special
+        self.read = functools.partial(conversations.read, blank=blank)
         self.items = [(r, turn) for r, record in enumerate(self._records) for turn in record.turns]
 
     def pieces(self, epoch: int, i: int, answered: bool = True) -> list[chat.Piece]:

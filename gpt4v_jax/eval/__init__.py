@@ -10,6 +10,7 @@ from gpt4v_jax.eval import common, generated, language, questions, retrieval
 EVALUATORS = {
     "questions": questions.accuracy,  # exact answers, by kind
     "permuted": questions.permuted,  # the same model with another record's media
+    "blanked": questions.blanked,  # the same model with grey pictures and silence
     "counted": questions.counted,  # the most frequent answer to each question's words; no model
     "windows": language.windows,  # validation loss of a text
     "wer": generated.wer,  # word error rate of what is written, for speech

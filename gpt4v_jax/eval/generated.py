@@ -3,6 +3,8 @@
 The scores are those of jiwer and sacrebleu; intervals are from 1,000 draws of the questions with replacement.
 """
 
+import sys
+
 import jax
 import numpy as np
 
@@ -28,7 +30,12 @@ def answers(subject: common.Subject) -> tuple[list[str], list[str]]:
     prompts = [chat.document(pieces, asked.special, subject.layout) for pieces in unanswered]
     longest = LONGER * max(len(turn.answer_ids) for _, turn in asked.items) + 1
     # Neighbours in length share a batch: less padding, and few shapes.
-    order, rows, written = np.argsort([len(p) for p in prompts], kind="stable"), subject.run.eval.batch, {}
+    order, rows = np.argsort([len(p) for p in prompts], kind="stable"), subject.run.eval.batch
+    order = [i for i in order if len(prompts[i]) < subject.layout.context]
+    written = dict.fromkeys(range(len(prompts)), "")
+    if len(order) < len(prompts):
+        lost = f"{len(prompts) - len(order):,} of {len(prompts):,} questions count as wrong: no row can hold them"
+        print(lost, file=sys.stderr, flush=True)
     for first in range(0, len(order), rows):
         subject.check()
         part = order[first : first + rows]
@@ -59,7 +66,7 @@ def bleu(subject: common.Subject) -> common.Result:
 
     said, truth = answers(subject)
     found = sacrebleu.corpus_bleu(said, [truth])
-    metric = sacrebleu.metrics.BLEU()
+    metric = sacrebleu.metrics.BLEU(effective_order=True)  # else it warns at each sentence; the counts are the same
     # A sentence's counts, so that a draw of sentences needs no counting again.
     counts = np.array([_counts(metric.sentence_score(s, [t])) for s, t in zip(said, truth, strict=True)])
     low, high = _interval(lambda at: _bleu(counts[at].sum(0)), len(said))
@@ -74,10 +81,11 @@ def _counts(score) -> list[int]:
 
 
 def _bleu(counts: np.ndarray) -> float:
-    hits, totals, (said, true) = counts[:4], counts[4:8], counts[8:]
-    if not hits.all():
-        return 0.0
-    return float(100 * np.exp(np.log(hits / totals).mean()) * min(1.0, np.exp(1 - true / said)))
+    """As corpus_bleu, which smooths where no four words in a row are right."""
+    from sacrebleu.metrics import BLEU
+
+    hits, totals, (said, true) = counts[:4].tolist(), counts[4:8].tolist(), counts[8:].tolist()
+    return BLEU.compute_bleu(hits, totals, said, true, smooth_method="exp").score
 
 
 def _interval(score, count: int) -> tuple[float, float]:

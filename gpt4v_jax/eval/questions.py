@@ -22,6 +22,11 @@ def permuted(subject: common.Subject) -> common.Result:
     return _ask(subject, sources.Questions(subject.source, lambda record: int(other[record])))
 
 
+def blanked(subject: common.Subject) -> common.Result:
+    """The same with grey pictures and clips, and silence."""
+    return _ask(subject, sources.Questions(subject.source, blank=True))
+
+
 def counted(subject: common.Subject) -> common.Result:
     """No model: the answer that the training split gives most often to these words, else to this kind."""
     items = sources.Questions(subject.source).items
@@ -34,7 +39,7 @@ def counted(subject: common.Subject) -> common.Result:
     right = []
     for _, turn in items:
         seen = words.get(turn.question) or kinds[turn.kind]
-        right.append(max(sorted(seen), key=seen.get) == turn.answer)
+        right.append(max(sorted(seen), key=seen.get, default=None) == turn.answer)
     return _by_kind(items, np.array(right), {})
 
 

@@ -40,9 +40,11 @@ def recall(subject: common.Subject) -> common.Result:
     for kind in sorted({turn.kind for record in subject.source.records for turn in record.turns}):
         pairs = Pairs(subject.source, kind)
         nats, tokens, _ = common.score(subject, pairs)
-        scores = np.where(tokens > 0, -nats, np.nan).reshape(pairs.n, pairs.n)  # one that cannot be read comes last
-        scores = np.nan_to_num(scores - np.nanmean(scores, axis=0), nan=-np.inf)
+        scores, there = (-nats).reshape(pairs.n, pairs.n), (tokens > 0).reshape(pairs.n, pairs.n)
+        mean = scores.sum(axis=0, where=there) / np.maximum(there.sum(axis=0), 1)
+        scores = np.where(there, scores - mean, -np.inf)
         ranks = ranked(scores, [pairs.pieces(i)[-1].ids for i in range(pairs.n)])
+        ranks[~np.diag(there)] = np.inf  # one that cannot be read is wrong
         metrics |= {f"R@{k}/{kind}": float((ranks < k).mean()) for k in AT}
         kinds[kind] = (int((ranks < 1).sum()), pairs.n)
         right += [bool(rank < 1) for rank in ranks]
