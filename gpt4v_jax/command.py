@@ -22,6 +22,11 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), arguments: tu
     Every command's __main__ is this call, so that bad input looks the same everywhere. arguments: names of what is
     given without a flag; main gets them.
     """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        name = main.__module__
+        listed = flags.FLAGS.main_module_help() if name == "__main__" else flags.FLAGS.module_help(name)
+        print(sys.modules[name].__doc__, listed, sep="\n")
+        sys.exit(0)
     try:
         given = _parse_flags(required, arguments)
         logging.set_verbosity(logging.ERROR)  # orbax and tfds tell their life at INFO and WARNING
@@ -35,9 +40,6 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), arguments: tu
 
 
 def _parse_flags(required: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:
-    if any(given in ("--help", "-h", "-help") for given in sys.argv[1:]):
-        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
-        sys.exit(0)
     try:
         rest = flags.FLAGS(sys.argv)[1:]
     except (AttributeError, KeyError) as error:  # a key that a locked ConfigDict does not have; it names the nearest

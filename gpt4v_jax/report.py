@@ -63,7 +63,7 @@ def report(folder: Path, blank: Path | None = None) -> Path:
     vocab, first = run.model.vocab, next((line for line in lines if line["step"] == 1 and "loss" in line), None)
     template = string.Template(Path(__file__).with_suffix(".html").read_text())
     page = template.substitute(
-        name=html.escape(f"{run.data.name}: {folder.resolve().name}"),
+        name=html.escape(f"{', '.join(run.data.mixture) or run.data.name}: {folder.resolve().name}"),
         lede=html.escape(lede),
         tiles="".join(f"<div><b>{value}</b><span>{html.escape(text)}</span></div>" for value, text in tiles),
         first_loss=f"The first loss is {first['loss']:.3f}; a guess at random costs ln {vocab} = {math.log(vocab):.3f}."
@@ -225,17 +225,16 @@ def _told(trained: workdir.Trained) -> tuple[str, str]:
     return told, looks
 
 
-def _seen(record: dict, layout) -> list[np.ndarray]:
-    """-> what can be shown of a record's media, uint8 [H,W,3]: its picture, frames side by side, a sound's log-mel with
-    low tones below."""
+def _seen(media: list[tuple[str, bytes]], layout) -> list[np.ndarray]:
+    """-> what can be shown of media, uint8 [H,W,3]: a picture, frames side by side, a sound's log-mel with low tones
+    below."""
     shown = []
-    for name in batch_lib.MEDIA:
-        data = sources.bytes_of(record[name]) if name in record else b""
-        if data and name == "image":
+    for name, data in media:
+        if name == "image":
             shown.append(transforms.decode_picture(data, layout.image.size))
-        if data and name == "video":
+        if name == "video":
             shown.append(np.concatenate(clip.decode(data, count=FRAMES)[0], axis=1))
-        if data and name == "audio":
+        if name == "audio":
             mel = sound.log_mel(sound.decode(data), layout.audio.bins)
             grey = np.uint8(255 * (mel - mel.min()) / max(np.ptp(mel), 1e-6)).T[::-1]
             shown.append(np.repeat(grey[..., None], 3, axis=-1))
@@ -250,8 +249,10 @@ def _answers(trained: workdir.Trained, count: int) -> tuple[str, str]:
     records, asked = sources.open_split(trained.run.data, split), sources.Questions(source)
     items = asked.items
     chosen = np.random.default_rng(0).choice(len(items), min(count, len(items)), replace=False)
-    turns = [items[i][1] for i in chosen]
-    seen = [_seen(records[source.records[items[i][0]].number], trained.layout) for i in chosen]
+    turns, seen = [items[i][1] for i in chosen], []
+    for record, turn in ((source.records[items[i][0]], items[i][1]) for i in chosen):
+        media = sources.media_of(records[record.number], record.turns.index(turn))
+        seen.append(_seen(media, trained.layout))
     unanswered = (asked.pieces(0, int(i), answered=False) for i in chosen)
     prompts = [chat.document(pieces, asked.special, trained.layout) for pieces in unanswered]
     longest = max(16, 2 * max(len(turn.answer_ids) for turn in turns))
@@ -270,7 +271,7 @@ def _answers(trained: workdir.Trained, count: int) -> tuple[str, str]:
     first_of_kind = {turn.kind: i for i, turn in reversed(list(enumerate(turns)))}
     explained = [i for i in sorted(first_of_kind.values()) if any(m.modality == "image" for _, m in prompts[i].media)]
     for i in explained[:EXPLAINED]:
-        picture = seen[i][0]
+        picture = seen[i][[m.modality for _, m in prompts[i].media].index("image")]
         maps = attention.over_picture(trained, prompts[i], asked.read, len(prompts[i]) - 1)
         panels = f"<figure>{plots.img(picture, 'the picture')}<figcaption>the picture</figcaption></figure>"
         for name, heat in [*((f"layer {k}", m) for k, m in enumerate(maps, 1)), ("mean of layers", maps.mean(0))]:

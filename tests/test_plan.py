@@ -142,6 +142,17 @@ def test_a_table_fits_a_terminal(ran):
         assert max(map(len, table)) <= 80 and "…" not in out
 
 
+def test_help(ran):
+    status, out, error = ran("--help")
+    assert status == 0 and not error and "python -m gpt4v_jax.plan --preset gpt2" in out and "--preset: a published" in out
+
+
+@pytest.mark.parametrize("tokenizer, vocab", [("byte", 256 + 7), ("char", 500)])
+def test_vocabulary_of_a_tokenizer_without_a_corpus(tokenizer, vocab, ran, tmp_path):
+    _, out, _ = ran(f"--config={written(tmp_path, 0, tokenizer)}", "--config.data.vocab=500")
+    assert rows(out)["text/embed"] == [f"{vocab * 64:,}"]
+
+
 @pytest.mark.parametrize("args, message", [
     (["--preset=gpt2-xll"], "did you mean 'gpt2-xl'?"),
     (["--preset="], "preset='' is none of gpt2"),

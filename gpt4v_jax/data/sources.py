@@ -118,6 +118,13 @@ def asked(record) -> list[tuple[str, str, str]]:
     return [(t.kind, "".join(part for part in t.parts if isinstance(part, str)), t.answer) for t in record["turns"]]
 
 
+def media_of(record, turn: int = 0) -> list[tuple[str, bytes]]:
+    """-> (modality, its file) of each medium of a record; of a conversation those of one turn's question."""
+    if "turns" in record:
+        return [(part.modality, part.read()) for part in record["turns"][turn].parts if not isinstance(part, str)]
+    return [(name, bytes_of(record[name])) for name in batch_lib.MEDIA if name in record]
+
+
 class Bad:
     """Records that cannot be used: each is said or counted, and beyond a share of all of them the run stops."""
 

@@ -83,11 +83,10 @@ def _record(trained: workdir.Trained, name: str):
     if not number.isdigit() or int(number) >= len(records):
         raise config.InputError(f"--record={name} must be {source}:0 to {source}:{len(records) - 1}")
     record = records[int(number)]
-    if "questions" not in record:
+    if "questions" not in record and "turns" not in record:
         raise config.InputError(f"--record={name}: {run.data.name} holds no questions; use --prompt")
-    _, question, answer = sources.questions(record)[0]
-    files = [(m, sources.bytes_of(record[m])) for m in batch_lib.MEDIA if m in record]
-    return files, question, answer
+    _, question, answer = sources.asked(record)[0]
+    return sources.media_of(record), question, answer
 
 
 if __name__ == "__main__":
