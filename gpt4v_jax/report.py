@@ -19,7 +19,6 @@ import rich.console
 import rich.table
 from absl import flags
 
-from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config, plots
 from gpt4v_jax.data import chat, clip, datasets, mixture, sound, sources, transforms
 from gpt4v_jax.eval import common
@@ -163,7 +162,11 @@ def _curves(lines: list[dict]) -> str:
     if not series("loss"):
         return ""
     held_out = [(name, "validation", B) for name in ("questions", "windows")]
-    held_out.append(("permuted", "validation, permuted pictures", C))
+    held_out.append(("permuted", "validation, permuted media", C))
+    # Of a mixture, each data set by its name.
+    of_sets = sorted({key.partition("/loss")[0] for line in lines for key in line if re.match(r"\w+@.*/loss$", key)})
+    sets = [name for name in of_sets if not name.startswith(("permuted", "blanked"))]
+    held_out += [(name, name.partition("@")[2], (B, C, D, FAINT)[k % 4]) for k, name in enumerate(sets)]
     drawn = []
     shown = (("loss (nats a token)", "loss", {"log": True}), ("right (share)", "accuracy", {"top": 1}))
     for title, key, scale in shown:
