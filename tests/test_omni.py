@@ -152,10 +152,10 @@ def test_evaluate(folder):
     assert found == {f"{name.replace('/', '-')}-validation-{short}" for name, short in asked}
     result = json.loads(next(folder.glob("eval/*pictures*-questions/4.json")).read_text())
     assert result["kinds"]["caption"][1] == 4 == len(result["right"])
-    wanted = [f"bleu@{texts}", f"retrieval@{clips}", f"permuted@{clips}", f"questions@{sounds}"]
+    wanted = [f"bleu@{texts}", f"retrieval@{clips}", f"permuted@{clips}"]
     results = evaluate.evaluate(folder, ["validation"], wanted)
     shorts = {short for by_name in results.values() for short in by_name}
-    assert shorts == {"bleu", "retrieval", "permuted", "questions"} and len(results) == 3
+    assert shorts == {"bleu", "retrieval", "permuted"} and len(results) == 2
     for by_name in results.values():
         assert all(len(result.right) == 4 for result in by_name.values())
 

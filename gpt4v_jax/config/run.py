@@ -18,6 +18,7 @@ class Budget:
         at_least(0, patches=self.patches)
 
 
+METRICS = ("accuracy", "loss", "loss_a_character", "loss_a_letter", "wer", "bleu", "chrf")  # by which one is best
 AUGMENT = ("shift", "flip", "voice", "mask")
 
 
@@ -100,7 +101,7 @@ class Eval:
             if not self.evaluators:
                 raise InputError(f"best={self.best!r} needs the evaluator {evaluator!r}: name it, or set best to ''")
             one_of("best", evaluator, self.evaluators)
-            one_of("best", metric.partition("/")[0], ("accuracy", "loss"))
+            one_of("best", metric.partition("/")[0], METRICS)
 
 
 @dataclasses.dataclass(frozen=True)
