@@ -294,7 +294,7 @@ class Conversations:
         it."""
         key, drawn = medium.key
         where = f"{self.name}: record {key[0]}"
-        rng = None if drawn < 0 else np.random.default_rng((self._seed, drawn, key[0]))
+        rng = None if drawn < 0 else np.random.default_rng((self._seed, drawn, key[0], 3))
         try:
             raw = self._records[key[0]]
             where = raw.get("where", where)
