@@ -144,7 +144,8 @@ def test_a_table_fits_a_terminal(ran):
 
 def test_help(ran):
     status, out, error = ran("--help")
-    assert status == 0 and not error and "python -m gpt4v_jax.plan --preset gpt2" in out and "--preset: a published" in out
+    assert status == 0 and not error
+    assert "python -m gpt4v_jax.plan --preset gpt2" in out and "--preset: a published" in out
 
 
 @pytest.mark.parametrize("tokenizer, vocab", [("byte", 256 + 7), ("char", 500)])

@@ -27,6 +27,7 @@ class Piece:
     role: str  # user | assistant
     ids: Sequence[int] = ()
     medium: Medium | None = None
+    trained: bool = True  # False: an answer that is only there to be read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +57,21 @@ def document(pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib
         trained.extend([train] * len(ids))
         ar.extend([True] + [not block] * (len(ids) - 1) if ids else [])
 
-    role = ""
+    role, train = "", False
     for piece in pieces:
         if piece.role != role:
             if role == "assistant":
-                lay([special["<end>"]], True)
+                lay([special["<end>"]], train)
             lay([special[f"<{piece.role}>"]], False)
             role = piece.role
+        train = role == "assistant" and piece.trained
         if piece.medium:
             media.append((len(tokens), piece.medium))
             count = layout.count(piece.medium.modality, piece.medium.shape)
             lay([special[f"<{piece.medium.modality}>"]] * count, False, block=layout.prefix != "none")
         else:
-            lay(list(piece.ids), role == "assistant")
-    lay([special["<end>" if role == "assistant" else "<assistant>"]], role == "assistant")
+            lay(list(piece.ids), train)
+    lay([special["<end>" if role == "assistant" else "<assistant>"]], train)
     if layout.prefix == "media+prompt":
         first = trained.index(True) if True in trained else len(trained)
         ar[1:first] = [False] * (first - 1)

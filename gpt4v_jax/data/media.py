@@ -1,5 +1,7 @@
 """A file's bytes -> the patches of its views, as Layout.views has counted them before anything was decoded."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
@@ -11,14 +13,15 @@ GREY = 128
 SHIFT = 1 / 14  # of a side, at most, that `shift` moves a picture (two pixels of MNIST's 28)
 
 
-def shape(modality: str, data: bytes, layout: batch_lib.Layout) -> tuple[int, ...]:
-    """-> Layout.views' shape of a medium, from its file's header. Raises BadMedium."""
+def shape(modality: str, read: Callable[[], bytes], layout: batch_lib.Layout) -> tuple[int, ...]:
+    """-> Layout.views' shape of a medium, without decoding all of it. read: its file, which a picture that is made
+    square is not asked for. Raises BadMedium."""
     if modality == "image":
         c = layout.image
-        return transforms.picture_shape(data) if c.resize == "native" or c.tiles else ()
+        return transforms.picture_shape(read()) if c.resize == "native" or c.tiles else ()
     if modality == "video":
-        return (clip.planned(clip.probe(data), layout.video.frames, layout.video.rate),)
-    frames, longest = sound.frames_of(sound.samples(data)), round(layout.audio.seconds * 100)
+        return (clip.planned(clip.probe(read()), layout.video.frames, layout.video.rate),)
+    frames, longest = sound.frames_of(sound.samples(read())), round(layout.audio.seconds * 100)
     if not 0 < frames <= longest:
         raise transforms.BadMedium(f"a sound of {frames / 100:.2f} s, and model.audio.seconds={layout.audio.seconds}")
     return (frames,)

@@ -93,6 +93,8 @@ class Mixture:
             raise config.InputError(f"{self.names[self._sizes.index(0)]} has no record to train on: leave it out")
         self._taken = [max(round(w * n), 1) for w, n in zip(weights, self._sizes, strict=True)]
         self._starts = [0, *np.cumsum(self._taken).tolist()]
+        self._order = functools.lru_cache(maxsize=4 * len(parts))(self._ordered)
+        self.needs = functools.lru_cache(maxsize=4)(self._needs)
 
     def _locate(self, epoch: int, i: int) -> tuple[int, int, int]:
         """-> (source, its epoch, its document)."""
@@ -100,12 +102,10 @@ class Mixture:
         own, at = divmod(epoch * self._taken[k] + i - self._starts[k], self._sizes[k])
         return k, own, int(self._order(k, own)[at])
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019, a source lives as long as the run
-    def _order(self, k: int, own: int) -> np.ndarray:
+    def _ordered(self, k: int, own: int) -> np.ndarray:
         return np.random.default_rng((self._seed, own, k, 2)).permutation(self._sizes[k])
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019
-    def needs(self, epoch: int) -> np.ndarray:
+    def _needs(self, epoch: int) -> np.ndarray:
         rows = []
         for i in range(self._starts[-1]):
             k, own, number = self._locate(epoch, i)
@@ -132,6 +132,7 @@ class Tally:
     def __init__(self, source, plan: packing.RowPlan):
         self._source, self._plan, self._row = source, plan, 0
         self._parts = getattr(source, "parts", [source])
+        self._counts = [max(len(part.needs(0)), 1) for part in self._parts]
         self._totals = np.zeros((len(self._parts), 2 + len(batch_lib.MEDIA)), int)
 
     def to(self, row: int) -> dict[str, float]:
@@ -145,8 +146,10 @@ class Tally:
                 self._totals[k] += (1, needs[i][0], *needs[i][1::2])
         self._row = max(row, self._row)
         out = {}
-        for part, (documents, tokens, *media) in zip(self._parts, self._totals.tolist(), strict=True):
-            epochs = documents / max(len(part.needs(0)), 1)
+        for part, count, (documents, tokens, *media) in zip(
+            self._parts, self._counts, self._totals.tolist(), strict=True
+        ):
+            epochs = documents / count
             out |= {f"data/{part.name}/epochs": epochs, f"data/{part.name}/tokens": tokens,
                     f"data/{part.name}/media": sum(media), f"data/{part.name}/bad": len(part.bad.where)}  # fmt: skip
         return out

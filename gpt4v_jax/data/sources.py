@@ -8,6 +8,7 @@ filled.
 
 import dataclasses
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -168,11 +169,19 @@ class Record:
     """What is known of a record before its media are decoded. `media` come before the first question."""
 
     number: int  # in the split
-    where: str
     media: tuple[chat.Medium, ...]
     turns: tuple[Turn, ...]
     captions: tuple[Turn, ...] = ()
     ordered: bool = False  # a conversation, whose turns stay as they are
+
+    def before(self, turn: int) -> tuple[chat.Medium, ...]:
+        """-> the media of the record and of its turns before this one."""
+        asked = (piece.medium for t in self.turns[:turn] for piece in t.asks if piece.medium)
+        return (*self.media, *asked)
+
+    @property
+    def all_media(self) -> tuple[chat.Medium, ...]:
+        return self.before(len(self.turns))
 
 
 class Conversations:
@@ -188,7 +197,8 @@ class Conversations:
         self.name, self.layout, self.special = data.name, layout, tokenizer.special
         self.records: list[Record] = []
         total = limit(data, len(records))
-        self.bad = Bad(data.name, total, data.bad)
+        # A share of the whole split: two of the hundred that an evaluation looks at are not yet two in a hundred.
+        self.bad = Bad(data.name, len(records) if seed is None else total, data.bad)
         encode = _remember(tokenizer.encode)
         if "<user>" not in self.special:
             raise config.InputError(f"{data.name} holds conversations, and data.tokenizer={data.tokenizer!r} has no "
@@ -199,9 +209,10 @@ class Conversations:
                 if isinstance(raw, BadMedium):
                     raise raw
                 where = raw.get("where", where)
-                self.records.append(self._record(i, where, raw, encode))
+                self.records.append(self._record(i, raw, encode))
             except BadMedium as error:
                 self.bad.skip(getattr(error, "where", where), error)
+        self._remembered = functools.lru_cache(maxsize=4)(self._needs)
         # Whether epochs differ in more than the order of documents.
         self._drawn = any(len(r.turns) > 1 and not r.ordered or len(r.captions) > 1 for r in self.records)
         self._documents: list[tuple[int, int, int]] = []  # (record, first turn and turns; or -1, number of the caption)
@@ -212,11 +223,11 @@ class Conversations:
                 asked = [(r, 0, data.turns)] if data.turns and record.turns else []
                 self._documents += asked + [(r, -1, k) for k in range(min(data.captions, len(record.captions)))]
 
-    def _record(self, i: int, where: str, raw: dict, encode) -> Record:
+    def _record(self, i: int, raw: dict, encode) -> Record:
         found = []
         for name in batch_lib.MEDIA:
             if name in raw:
-                found.append(self._medium(name, (i, name), bytes_of(raw[name])))
+                found.append(self._medium(name, (i, name), functools.partial(bytes_of, raw[name])))
         if "turns" in raw:
             turns = []
             for number, turn in enumerate(raw["turns"]):
@@ -225,26 +236,27 @@ class Conversations:
                     if isinstance(part, str):
                         asks.append(chat.Piece("user", encode(part)))
                     else:
-                        asks.append(chat.Piece("user", medium=self._medium(part.modality, (i, number, p), part.read())))
+                        asks.append(chat.Piece("user", medium=self._medium(part.modality, (i, number, p), part.read)))
                 asked = "".join(part for part in turn.parts if isinstance(part, str))
                 turns.append(Turn(turn.kind, asked, turn.answer, tuple(asks), encode(turn.answer)))
-            return Record(i, where, (), tuple(turns), ordered=True)
+            return Record(i, (), tuple(turns), ordered=True)
 
         def turn(kind, question, answer):
             return Turn(kind, question, answer, (chat.Piece("user", encode(question)),), encode(answer))
 
         captions = [turn("caption", CAPTION_PROMPT, text_of(c)) for c in raw.get("captions", ())]
         asked = [turn(*q) for q in questions(raw)] if "questions" in raw else []
-        return Record(i, where, tuple(found), tuple(asked), tuple(captions))
+        return Record(i, tuple(found), tuple(asked), tuple(captions))
 
-    def _medium(self, modality: str, key, data: bytes) -> chat.Medium:
+    def _medium(self, modality: str, key, read: Callable[[], bytes]) -> chat.Medium:
         if not self.layout.reads(modality):
             section = {"image": "model.image.size=0", "video": "model.video.size=0", "audio": "model.audio.bins=0"}
             raise config.InputError(f"{self.name} has media of the kind {modality}, and {section[modality]}: set it")
-        return chat.Medium(modality, key, media.shape(modality, data, self.layout))
+        return chat.Medium(modality, key, media.shape(modality, read, self.layout))
 
     def _runs(self, record: Record) -> list[tuple[int, int]]:
-        """-> (first turn, turns) of documents of a conversation, each as long as a row can hold."""
+        """-> (first turn, turns) of documents of a conversation, each as long as a row can hold. Those after the first
+        begin with the media that were shown before, else their answers would be guesses."""
         runs, first = [], 0
         while first < len(record.turns):
             count = len(record.turns) - first
@@ -255,15 +267,16 @@ class Conversations:
         return runs
 
     def _fits(self, record: Record, first: int, count: int) -> bool:
-        need = chat.needs(_pieces(record.media, record.turns[first : first + count]), self.layout)
+        need = chat.needs(_pieces(record.before(first), record.turns[first : first + count]), self.layout)
         return bool(np.all(np.array(need) <= self.layout.room))
 
     def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
         """Document i of the epoch."""
         r, first, count = self._documents[i]
         record = self.records[r]
+        found = record.media
         if record.ordered:
-            turns = record.turns[first : first + count]
+            found, turns = record.before(first), record.turns[first : first + count]
         elif first >= 0:
             turns = [record.turns[q] for q in self._order(epoch, record, record.turns)[:count]]
             while len(turns) > 1 and chat.length(_pieces(record.media, turns), self.layout) > self.layout.context:
@@ -271,7 +284,7 @@ class Conversations:
         else:
             turns = [record.captions[self._order(epoch, record, record.captions)[count]]]
         drawn = epoch if self._data.augment and self._seed is not None else -1
-        return [_drawn(piece, drawn) for piece in _pieces(record.media, turns)]
+        return [_drawn(piece, drawn) for piece in _pieces(found, turns)]
 
     def _order(self, epoch: int, record: Record, turns):
         if len(turns) == 1:
@@ -279,9 +292,8 @@ class Conversations:
         return np.random.default_rng((self._seed or 0, epoch, record.number)).permutation(len(turns))
 
     def needs(self, epoch: int) -> np.ndarray:
-        return self._needs(epoch if self._drawn else 0)
+        return self._remembered(epoch if self._drawn else 0)
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019, a source lives as long as the run
     def _needs(self, epoch: int) -> np.ndarray:
         rows = [chat.needs(self.pieces(epoch, i), self.layout) for i in range(len(self._documents))]
         return np.array(rows, int).reshape(-1, len(self.layout.room))
@@ -323,6 +335,14 @@ def _drawn(piece: chat.Piece, drawn: int) -> chat.Piece:
     return dataclasses.replace(piece, medium=dataclasses.replace(piece.medium, key=(piece.medium.key, drawn)))
 
 
+def _exchanged(pieces: list[chat.Piece], others: tuple[chat.Medium, ...]) -> list[chat.Piece]:
+    """The pieces with their media in the places of `others`, modality by modality; what has no counterpart stays."""
+    left = {name: itertools.cycle([m for m in others if m.modality == name]) for name in batch_lib.MEDIA}
+    return [
+        dataclasses.replace(p, medium=next(left[p.medium.modality], p.medium)) if p.medium else p for p in pieces
+    ]  # fmt: skip
+
+
 class Questions:
     """The questions of a source one by one: each is a document of its own, its record's media and one turn.
 
@@ -336,11 +356,18 @@ class Questions:
         self._media_of, self._records = media_of, conversations.records
         self.layout, self.special = conversations.layout, conversations.special
         self.read = functools.partial(conversations.read, blank=blank)
-        self.items = [(r, turn) for r, record in enumerate(self._records) for turn in record.turns]
+        self._asked = [(r, t) for r, record in enumerate(self._records) for t in range(len(record.turns))]
+        self.items = [(r, self._records[r].turns[t]) for r, t in self._asked]
 
     def pieces(self, epoch: int, i: int, answered: bool = True) -> list[chat.Piece]:
-        r, turn = self.items[i]
-        pieces = _pieces(self._records[self._media_of(r)].media, [turn])
+        r, t = self._asked[i]
+        record, other = self._records[r], self._records[self._media_of(r)]
+        # A turn of a conversation is asked after those before it, whose answers are given and not scored.
+        turns = record.turns[: t + 1] if record.ordered else [record.turns[t]]
+        pieces = _pieces(record.media, turns)
+        if other is not record:
+            pieces = _exchanged(pieces, other.all_media)
+        pieces = [dataclasses.replace(p, trained=False) for p in pieces[:-1]] + pieces[-1:]
         return [_drawn(piece, -1) for piece in (pieces if answered else pieces[:-1])]
 
     def needs(self, epoch: int) -> np.ndarray:
@@ -358,11 +385,17 @@ class Windows:
     seed None they start at 0, do not overlap, and cover the text up to the last whole window.
     """
 
-    def __init__(self, text: str, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
-        self._ids = np.array(tokenizer.encode(text), np.int32)
+    def __init__(self, texts, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None,
+                 bad: Bad | None = None):  # fmt: skip
+        """texts: one after the other; between two of them lies `<end>`, where the tokenizer has one."""
+        end = [tokenizer.special["<end>"]] if "<end>" in tokenizer.special else []
+        ids: list[int] = []
+        for number, text in enumerate(texts):
+            ids += [*(end if number else []), *tokenizer.encode(text)]
+        self._ids = np.array(ids, np.int32)
         self.name, self.layout = data.name, layout
         self._T, self._seed = min(data.window or layout.context, layout.context), seed
-        self.bad = Bad(data.name, 1, data.bad)
+        self.bad = bad or Bad(data.name, 1, data.bad)
         if len(self._ids) < 2 * self._T:
             raise config.InputError(f"the text has {len(self._ids)} tokens, too few for two windows of {self._T}")
 
@@ -391,12 +424,20 @@ def _remember(encode):
     return lambda text: known.get(text) or known.setdefault(text, tuple(encode(text)))
 
 
+def _texts(records, data: config.Data, bad: Bad):
+    for i, record in enumerate(read_all(records, limit(data, len(records)))):
+        if isinstance(record, BadMedium):
+            bad.skip(getattr(record, "where", f"{data.name}: record {i}"), record)
+        else:
+            yield text_of(record["text"])
+
+
 def from_records(records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
     """The records of a split -> documents. seed None: for evaluation, in order and not augmented."""
     if not len(records):
         raise config.InputError(f"{data.name} has no record")
     first = next(usable(records, data), {})
     if "text" in first:
-        text = "".join(text_of(records[i]["text"]) for i in range(limit(data, len(records))))
-        return Windows(text, data, tokenizer, layout, seed)
+        bad = Bad(data.name, len(records), data.bad)
+        return Windows(_texts(records, data, bad), data, tokenizer, layout, seed, bad)
     return Conversations(records, data, tokenizer, layout, seed)

@@ -41,7 +41,8 @@ def attach(layout: batch_lib.Layout, files: Sequence[tuple[str, bytes]]) -> tupl
     for modality, _ in files:
         if not layout.reads(modality):
             raise config.InputError(f"this model reads no {modality}: leave it out")
-    found = tuple(chat.Medium(m, i, media_lib.shape(m, data, layout)) for i, (m, data) in enumerate(files))
+    shapes = [media_lib.shape(m, lambda data=data: data, layout) for m, data in files]
+    found = tuple(chat.Medium(m, i, shape) for i, ((m, _), shape) in enumerate(zip(files, shapes, strict=True)))
     # Now, for packing leaves out a document with a medium that turns out to be bad.
     patches = [media_lib.patches(m.modality, files[m.key][1], m.shape, layout) for m in found]
     return found, lambda m: patches[m.key]

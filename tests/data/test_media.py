@@ -46,7 +46,7 @@ def cut(values: np.ndarray, p: int = 2, t: int = 1) -> np.ndarray:
 
 def read(modality: str, data: bytes, layout: batch_lib.Layout, **more):
     """-> its views' patches, after what holds for all of them."""
-    shape = media.shape(modality, data, layout)
+    shape = media.shape(modality, lambda: data, layout)
     found = media.patches(modality, data, shape, layout, **more)
     views, (p, dtype) = layout.views(modality, shape), layout.values(modality)
     assert sum(len(values) for values, _ in found) == layout.count(modality, shape)
@@ -80,7 +80,7 @@ def test_native_pictures():
     exif = Image.Exif()
     exif[transforms.ORIENTATION] = 6  # lies on its side
     data = png(pixels(4, 8), exif=exif)
-    assert media.shape("image", data, native) == (8, 4)
+    assert media.shape("image", lambda: data, native) == (8, 4)
     ((values, _),) = read("image", data, native)
     np.testing.assert_array_equal(values, cut(np.rot90(pixels(4, 8), -1)))
 
@@ -104,7 +104,7 @@ def small_clip(count: int, fps: int = 10) -> tuple[np.ndarray, bytes]:
 
 def test_clips_by_count():
     frames, data = small_clip(10)
-    assert media.shape("video", data, layout()) == (4,)
+    assert media.shape("video", lambda: data, layout()) == (4,)
     ((values, _),) = read("video", data, layout())
     np.testing.assert_array_equal(values, cut(frames[[1, 3, 6, 8]], t=2))
 
@@ -113,12 +113,12 @@ def test_clips_by_rate():
     frames, data = small_clip(10)  # a second
     ((values, _),) = read("video", data, layout(video={"rate": 2.0, "tubelet": 1}))
     np.testing.assert_array_equal(values, cut(frames[[2, 7]]))
-    assert media.shape("video", data, layout(video={"rate": 30.0})) == (4,)
+    assert media.shape("video", lambda: data, layout(video={"rate": 30.0})) == (4,)
 
 
 def test_the_last_tubelet_is_filled_up():
     frames, data = small_clip(3)
-    assert media.shape("video", data, layout()) == (3,)
+    assert media.shape("video", lambda: data, layout()) == (3,)
     ((values, _),) = read("video", data, layout())
     np.testing.assert_array_equal(values, cut(frames[[0, 1, 2, 2]], t=2))
 
@@ -133,7 +133,7 @@ def test_frames_of_another_size():
 @pytest.mark.parametrize("samples, frames", [(800, 5), (959, 5), (160, 1), (1600, 10)])
 def test_sounds(samples, frames):
     data = encoded(wave()[:samples])
-    assert media.shape("audio", data, layout()) == (frames,)
+    assert media.shape("audio", lambda: data, layout()) == (frames,)
     ((values, _),) = read("audio", data, layout())
     mel = sound.log_mel(sound.decode(data), 3)
     np.testing.assert_array_equal(values.reshape(-1, 3)[:frames], mel)
@@ -143,7 +143,7 @@ def test_sounds(samples, frames):
 @pytest.mark.parametrize("samples, message", [(1760, "0.11 s, and model.audio.seconds=0.1"), (150, "0.00 s")])
 def test_a_sound_that_is_too_long_or_too_short(samples, message):
     with pytest.raises(BadMedium, match=message):
-        media.shape("audio", encoded(wave()[:samples]), layout())
+        media.shape("audio", lambda: encoded(wave()[:samples]), layout())
 
 
 def test_blank_media_are_grey_and_silent():

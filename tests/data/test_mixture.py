@@ -159,7 +159,7 @@ def test_a_text_of_two_windows():
     """Sources that are windows may be one fewer in another epoch."""
     ids = np.arange(48)
     tokens = types.SimpleNamespace(encode=lambda text: ids, special=tiny.SPECIAL)
-    text = sources.Windows("", config.Data(name="text"), tokens, LAYOUT, seed=0)
+    text = sources.Windows([""], config.Data(name="text"), tokens, LAYOUT, seed=0)
     source = mixture.Mixture([Part(0, 4), text], (1.0, 1.0), seed=0)
     for e in range(4):
         assert len(source.needs(e)) == 5 and len(source.document(e, 4)) == 24

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import sources
+from gpt4v_jax.data import files, sources
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from tests import tiny
 
@@ -83,12 +84,14 @@ def test_blank_pictures_are_grey(digits_world, tokenizer):
 class Given:
     """A tokenizer of numbers: its text is "3 1 4"."""
 
+    special = {}
+
     def encode(self, text):
         return list(map(int, text.split()))
 
 
 def windows(ids, layout, seed, **data):
-    return sources.Windows(" ".join(map(str, ids)), config.Data(name="numbers", **data), Given(), layout, seed)
+    return sources.Windows([" ".join(map(str, ids))], config.Data(name="numbers", **data), Given(), layout, seed)
 
 
 @pytest.mark.parametrize("window", [0, 10, 99])  # 0: the context's; a wider one is the context's
@@ -129,3 +132,60 @@ def test_no_captions_leaves_the_questions(digits_world, tokenizer):
     items = sources.Questions(source).items
     assert len(items) == sum(len(record.turns) for record in source.records)
     assert "caption" not in {turn.kind for _, turn in items}
+
+
+# ---- conversations
+
+TALK = tokenizer_lib.train("byte", [], 0)
+
+
+def talk(*turns: str, context: int = 96, records: int = 2, seed=None):
+    """-> conversations; a turn is "I text" (with a picture) or "text"; record r's pictures are files "r.k"."""
+    model = dataclasses.replace(tiny.make_config(context=context), vocab=TALK.vocab)
+    made = []
+    for r in range(records):
+        parts = [
+            (files.File("image", pathlib.Path(f"{r}.{k}")), turn[2:]) if turn.startswith("I ") else (turn,)
+            for k, turn in enumerate(turns)
+        ]
+        made.append({"turns": [files.Turn("k", p, f"yes{k}") for k, p in enumerate(parts)], "where": f"line:{r}"})
+    layout = batch_lib.layout(model, config.Data(image=config.Budget(2)))
+    return sources.from_records(made, config.Data(name="talk", image=config.Budget(2)), TALK, layout, seed)
+
+
+def pictures(pieces) -> list:
+    return [piece.medium.key[0][:2] for piece in pieces if piece.medium]
+
+
+def test_a_turn_is_asked_after_those_before_it_whose_answers_are_not_scored():
+    source = talk("I what?", "and now?")
+    asked = sources.Questions(source)
+    assert len(asked.items) == 4 and pictures(asked.pieces(0, 1)) == [(0, 0)]
+    document = asked.document(0, 1)
+    scored = document.target[document.weight > 0]
+    assert TALK.decode(scored) == "yes1" and scored[-1] == TALK.special["<end>"] and len(scored) == 5
+    text = TALK.decode(document.tokens[document.tokens >= len(tokenizer_lib.SPECIALS)])
+    assert text == "what?yes0and now?yes1"
+
+
+def test_permuted_media_are_another_records_wherever_they_stand():
+    source = talk("I what?", "I and this?", records=3)
+    asked = sources.Questions(source, media_of=lambda r: (r + 1) % 3)
+    assert pictures(asked.pieces(0, 0)) == [(1, 0)] and pictures(asked.pieces(0, 5)) == [(0, 0), (0, 1)]
+    assert pictures(sources.Questions(source).pieces(0, 5)) == [(2, 0), (2, 1)]
+
+
+def test_a_conversation_that_is_cut_shows_its_picture_again():
+    source = talk("I what is it?", "and its colour?", "why?", context=32, records=1, seed=0)
+    found = [source.pieces(0, i) for i in range(len(source.needs(0)))]
+    assert len(found) > 1 and all(pictures(pieces) == [(0, 0)] for pieces in found)
+    said = [TALK.decode(p.ids) for pieces in found for p in pieces if p.role == "assistant"]
+    assert said == ["yes0", "yes1", "yes2"]
+    assert (source.needs(0)[:, 0] <= 32).all()
+
+
+def test_between_two_texts_lies_an_end():
+    layout = batch_lib.layout(tiny.make_config(size=0, context=4), config.Data())
+    source = sources.from_records([{"text": "abcd"}, {"text": b"efgh"}], config.Data(name="t"), TALK, layout, seed=None)
+    ids = np.concatenate([source.document(0, i).tokens for i in range(2)])
+    assert ids[4] == TALK.special["<end>"] and TALK.decode(ids) == "abcdefg"

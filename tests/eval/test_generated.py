@@ -127,7 +127,7 @@ def echoed(subject) -> tuple[list[str], list[str], list[list[str]], int]:
     return said, truth, batches, longest
 
 
-ALL = [*QUESTIONS[:2], "and?", *QUESTIONS[2:]]
+ALL = [*QUESTIONS[:2], "b?answer 1and?", *QUESTIONS[2:]]  # a later turn is asked after those before it
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 8, 20])
