@@ -48,9 +48,13 @@ def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int |
             wanted.append(f"counted{at}")
         if wanted:
             results |= _one(folder, trained, mixture.one(run, name), name if at else "", splits, wanted)
+    asked = evaluators or run.eval.evaluators
+    if not asked:
+        raise config.InputError("no evaluator is named, neither by the run's config nor by --evaluator: name one")
     if not results:
-        raise config.InputError("no evaluator is named, neither by the run's config nor by --evaluator: name one"
-                                + (f", such as questions@{names[0]}" if len(names) > 1 else ""))
+        of = f" of {', '.join(names)}" if len(names) > 1 else ""
+        raise config.InputError(f"{', '.join(asked)}: none of them finds a data set{of} with a split of --split="
+                                f"{','.join(splits) or 'all but train'}; of a mixture write questions@{names[0]}")
     return results
 
 
@@ -59,6 +63,8 @@ def _one(folder: Path, trained: workdir.Trained, run: config.Config, name: str, 
     with sharding.first_alone("data"):
         there = sources.splits(run.data)
     splits = splits or [split for split in there if split != "train"]
+    if name:  # not every data set of a mixture has each split
+        splits = [split for split in splits if split in there]
     eval_step = jax.jit(step_lib.make_eval_step(trained.model))
     results: dict[str, dict] = {}
     for split in splits:
@@ -86,13 +92,14 @@ def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
     out.add_column("kind", no_wrap=True)
     for name in ("asked", *by_name):
         out.add_column(name, justify="right", no_wrap=True)
-    first = next(iter(by_name.values()))  # all evaluators of a split ask the same questions
-    for kind in [*sorted(first.kinds), "all"] if first.kinds else []:
+    kinds = sorted({kind for result in by_name.values() for kind in result.kinds})
+    for kind in [*kinds, "all"] if kinds else []:
         cells = [
             "{:.3f} {:.3f}-{:.3f}".format(*result.share(kind)) if result.counts(kind)[1] else ""
             for result in by_name.values()
         ]
-        out.add_row(kind, f"{first.counts(kind)[1]:,}", *cells)
+        asked = max(result.counts(kind)[1] for result in by_name.values())
+        out.add_row(kind, f"{asked:,}", *cells)
     losses = [f"{result.metrics['loss']:.4f}" if "loss" in result.metrics else "" for result in by_name.values()]
     if any(losses):
         out.add_row("nats a token", "", *losses)

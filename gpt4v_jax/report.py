@@ -220,7 +220,7 @@ def _told(trained: workdir.Trained) -> tuple[str, str]:
         run = mixture.one(trained.run, name)
         one = dataclasses.replace(trained, run=run)
         title = f"<h3>{html.escape(name)}</h3>" if len(names) > 1 else ""
-        if datasets.is_text(name):
+        if trained.is_text(name):
             told += title + _samples(one)
         else:
             answers, maps = _answers(one, max(SHOWN // len(names), 4))

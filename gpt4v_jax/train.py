@@ -7,19 +7,21 @@ Exit status: 0 done, 2 bad input, 3 the guard stopped the run, 75 it was asked t
 import dataclasses
 import functools
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config, sharding
 from gpt4v_jax import eval as eval_lib
-from gpt4v_jax.data import mixture, packing, pipeline
+from gpt4v_jax.data import mixture, packing, pipeline, sources
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.eval import common
 from gpt4v_jax.interop import parts
@@ -82,7 +84,7 @@ def _train(run: config.Config, folder: Path, mesh, asked: stop.Stop, started: fl
             checkpoints.check_room(state)
             asked.check()
             if start < run.steps and sharding.is_first():
-                workdir.describe(folder, stream.run, stream.tokenizer)
+                workdir.describe(folder, stream.run, stream.tokenizer, stream.known)
             return loop(stream, folder, mesh, model, tx, state, checkpoints, clock, asked, lines)
 
 
@@ -99,6 +101,7 @@ class Stream:
     source: Any
     plan: packing.RowPlan
     held_out: dict[str, Any]  # of each data set that is evaluated its validation split's source
+    known: dict[str, Any]  # of the data, for the workdir
 
 
 def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resumes: bool) -> Stream:
@@ -123,11 +126,17 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
         if name not in held_out:
             held_out[name] = common.open_source(mixture.one(run, name), "validation", tokenizer, layout, run.eval.limit)
         eval_lib.check(evaluator, held_out[name], name or run.data.name)
-    sharding.barrier("config or tokenizer", config.to_json(run) + tokenizer.to_json())
+    # A host, or a resumed run, that finds other documents would fill other rows.
+    needs, sets = source.needs(0), getattr(source, "parts", [source])
+    known = {"documents": len(needs), "plan": f"{zlib.crc32(np.ascontiguousarray(needs)):08x}",
+             "texts": [part.name for part in sets if isinstance(part, sources.Windows)]}  # fmt: skip
+    sharding.barrier("config, tokenizer or data", config.to_json(run) + tokenizer.to_json() + known["plan"])
+    if resumes:
+        workdir.check_data(folder, known)
     if run.init_from.run and not resumes:
         partial.check(run, tokenizer)
     next(pipeline.batches(source, plan, layout, run.batch, 0, 1, share=sharding.local_rows(mesh, run.batch)))
-    return Stream(run, layout, tokenizer, source, plan, held_out)
+    return Stream(run, layout, tokenizer, source, plan, held_out, known)
 
 
 # ---- state

@@ -18,7 +18,8 @@ class Budget:
         at_least(0, patches=self.patches)
 
 
-METRICS = ("accuracy", "loss", "loss_a_character", "loss_a_letter", "wer", "bleu", "chrf")  # by which one is best
+METRICS = ("accuracy", "loss", "loss_a_character", "loss_a_letter", "wer", "bleu", "chrf", "R@1", "R@5",
+           "R@10")  # by which a checkpoint may be the best  # fmt: skip
 AUGMENT = ("shift", "flip", "voice", "mask")
 
 
@@ -97,11 +98,13 @@ class Eval:
         at_least(0, every=self.every, limit=self.limit)
         at_least(1, batch=self.batch)
         if self.best:
-            evaluator, _, metric = self.best.partition("/")
             if not self.evaluators:
+                evaluator = self.best.partition("/")[0]
                 raise InputError(f"best={self.best!r} needs the evaluator {evaluator!r}: name it, or set best to ''")
-            one_of("best", evaluator, self.evaluators)
-            one_of("best", metric.partition("/")[0], METRICS)
+            # Names of data sets have slashes, too.
+            evaluator = max((e for e in self.evaluators if self.best.startswith(f"{e}/")), key=len, default="")
+            one_of("best", evaluator or self.best.partition("/")[0], self.evaluators)
+            one_of("best", self.best[len(evaluator) + 1 :].partition("/")[0], METRICS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -301,6 +301,10 @@ def _kind(record: dict) -> str:
 def _media(record: dict, folder: Path) -> dict[str, list[File]]:
     """-> the files that a record names, by modality."""
     out = {}
+    for key in record:  # a medium that a slip of the pen leaves out would be trained without
+        meant = next((m for m in batch_lib.MEDIA if key != m and key.lower().rstrip("s") == m), None)
+        if meant:
+            raise BadMedium(f"the field {key!r} is not known: write {meant!r}, with a list where there are several")
     for modality in batch_lib.MEDIA:
         given = record.get(modality)
         names = given if isinstance(given, list) else [] if given is None else [given]

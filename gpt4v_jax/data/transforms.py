@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gpt4v_jax import config
 
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")  # Pillow's others start programs, or are read by nobody
 PIXEL_LIMIT = 64_000_000  # more are refused before they are decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, and at twice its size hides behind another error
 ORIENTATION = 0x0112  # EXIF; its values from 5 on lie on their side
@@ -47,7 +48,7 @@ def picture_shape(data: bytes) -> tuple[int, int]:
         sideways = False
         if picture.format != "TIFF":  # whose size is upright as soon as it is open
             if picture.format == "PNG":  # whose EXIF may follow the pixels: Pillow would decode them to get there
-                picture = Image.open(io.BytesIO(without_pixels(data)))
+                picture = Image.open(io.BytesIO(without_pixels(data)), formats=FORMATS)
             sideways = Image.Image.getexif(picture).get(ORIENTATION, 1) in (5, 6, 7, 8)
         return (picture.width, picture.height) if sideways else (picture.height, picture.width)
 
@@ -56,7 +57,7 @@ def picture_shape(data: bytes) -> tuple[int, int]:
 def opened(data: bytes):
     """An encoded picture -> the Pillow picture, not yet decoded. Whatever fails in the block is a BadMedium."""
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > PIXEL_LIMIT:
             raise BadMedium(
                 f"{picture.width}x{picture.height} is more than {PIXEL_LIMIT} pixels: make the picture smaller"

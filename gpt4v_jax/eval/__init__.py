@@ -3,6 +3,10 @@
 Of a mixture, "questions@easyvqa" is `questions` on its data set easyvqa.
 """
 
+import importlib.util
+
+import jax
+
 from gpt4v_jax import config
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common, generated, language, questions, retrieval
@@ -33,6 +37,16 @@ def check(evaluator: str, source, data: str) -> None:
         raise config.InputError(f"the data set {data} is no plain text: use the evaluator 'questions'")
     if name != "windows" and not isinstance(source, sources.Conversations):
         raise config.InputError(f"the data set {data} has no questions: use the evaluator 'windows'")
+    if name != "windows" and not any(record.turns for record in source.records):
+        raise config.InputError(f"the data set {data} has captions alone, for which {name!r} does not ask")
+    if name == "permuted" and sum(bool(record.all_media) for record in source.records) < 2:
+        raise config.InputError(f"the evaluator 'permuted' exchanges media, and {data} has none, or one record of them")
+    package = {"wer": "jiwer", "bleu": "sacrebleu"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise config.InputError(f"the evaluator {name!r} needs {package}: pip install 'gpt4v_jax[scores]'")
+    if package and jax.process_count() > 1:
+        raise config.InputError(f"the evaluator {name!r} writes text, which takes one process: leave it out here, and "
+                                "run gpt4v_jax.evaluate without --distributed afterwards")
 
 
 def run(evaluator: str, subject: common.Subject) -> common.Result:

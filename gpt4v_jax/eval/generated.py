@@ -5,10 +5,8 @@ The scores are those of jiwer and sacrebleu; intervals are from 1,000 draws of t
 
 import sys
 
-import jax
 import numpy as np
 
-from gpt4v_jax import config
 from gpt4v_jax.data import chat, sources
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode
@@ -21,8 +19,6 @@ DRAWS = 1000
 
 def answers(subject: common.Subject) -> tuple[list[str], list[str]]:
     """-> (what greedy decoding writes to each question, the true answers)."""
-    if jax.process_count() > 1:
-        raise config.InputError("wer and bleu write text, which takes one process: evaluate without --distributed")
     model = GPT4V(subject.run.model, subject.layout, subject.run.compute)
     trained = Trained(subject.run, subject.layout, subject.tokenizer, subject.mesh, model, subject.params, 0)
     asked = sources.Questions(subject.source)

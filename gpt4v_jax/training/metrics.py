@@ -18,6 +18,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from gpt4v_jax import sharding
+from gpt4v_jax.config.run import METRICS
 from gpt4v_jax.training import goodput
 from gpt4v_jax.training import workdir as workdir_lib
 
@@ -190,10 +191,15 @@ class Report:
 def epoch_line(step: int, epoch: int, since, results: dict[str, float], evaluated: int) -> str:
     """since: (loss, accuracy) of each step; results: an evaluation, that of step `evaluated`."""
     loss, accuracy = (sum(float(x) for x in column) / len(since) for column in zip(*since, strict=True))
-    held_out = "  ".join(f"{name} {value:.4f}" for name, value in results.items() if name.count("/") == 1)
+    held_out = "  ".join(f"{name} {value:.4f}" for name, value in results.items() if _main(name))
     at = "" if evaluated == step else f" of step {evaluated}"
     held_out = f"  | validation{at} {held_out}" if held_out else ""
     return f"epoch {epoch} step {step}  loss {loss:.4f}  token accuracy {accuracy:.4f}{held_out}"
+
+
+def _main(name: str) -> bool:
+    """Whether it is a metric over all kinds, of an evaluator whose name may have slashes."""
+    return name.rpartition("/")[2] in METRICS
 
 
 class Progress:

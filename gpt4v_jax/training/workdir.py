@@ -42,12 +42,17 @@ class Trained:
     model: GPT4V
     params: Any
     step: int
+    texts: tuple[str, ...] | None = None  # data sets that were read as plain text; None: their names say it
+
+    def is_text(self, name: str) -> bool:
+        """Whether this data set is plain text, and no conversations."""
+        return datasets.is_text(name) if self.texts is None else name in self.texts
 
     @property
     def chats(self) -> bool:
         """Whether a prompt is a user's turn; else it is text that the model goes on with."""
         names = [entry.name for entry in mixture.entries(self.run.data)]
-        chat = not all(map(datasets.is_text, names)) and self.run.model.source is None
+        chat = not all(map(self.is_text, names)) and self.run.model.source is None
         return chat and "<user>" in self.tokenizer.special
 
 
@@ -82,10 +87,10 @@ def create(workdir: Path) -> None:
         raise config.InputError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
-def describe(workdir: Path, run: config.Config, tokenizer: tokenizer_lib.Tokenizer) -> None:
-    """Writes what the run is and where it runs."""
+def describe(workdir: Path, run: config.Config, tokenizer: tokenizer_lib.Tokenizer, data: dict | None = None) -> None:
+    """Writes what the run is, what is known of its `data`, and where it runs."""
     write(workdir / "config.json", config.to_json(run))
-    write(workdir / "environment.json", json.dumps(environment(), indent=2))
+    write(workdir / "environment.json", json.dumps(environment() | {"data": data or {}}, indent=2))
     write(workdir / "tokenizer.json", tokenizer.to_json())
 
 
@@ -98,6 +103,22 @@ def check_same(workdir: Path, run: config.Config, pattern: str) -> None:
                 f"--workdir={workdir} holds a run with {key}={there!r}, in this config it is {here!r}: use its config, "
                 "or another --workdir"
             )
+
+
+def data_of(workdir: Path) -> dict:
+    """-> what `describe` was told of the data; {} where it was told nothing."""
+    path = workdir / "environment.json"
+    return json.loads(path.read_text()).get("data", {}) if path.is_file() else {}
+
+
+def check_data(workdir: Path, data: dict) -> None:
+    """Raises InputError where a resumed run reads other documents than it began with: its rows would be others."""
+    there = data_of(workdir)
+    if there.get("plan", data["plan"]) != data["plan"]:
+        raise config.InputError(
+            f"--workdir={workdir}: its data were {there['documents']:,} documents, and are {data['documents']:,} or of "
+            "other lengths now: bring back what was there, or begin another --workdir"
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -142,4 +163,5 @@ def restore(workdir: Path, step: int | None = None) -> Trained:
         raise config.InputError(f"--workdir={workdir} has no checkpoint yet; train a little longer")
     params = checkpoints.restore_params(step_lib.abstract_params(model), mesh, step)
     checkpoints.close()
-    return Trained(run, layout, tokenizer, mesh, model, params, step)
+    texts = data_of(workdir).get("texts")
+    return Trained(run, layout, tokenizer, mesh, model, params, step, None if texts is None else tuple(texts))

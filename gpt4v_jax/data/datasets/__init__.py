@@ -10,6 +10,7 @@ import absl.logging
 
 from gpt4v_jax.config import InputError, nearest
 
+# Ours are not registered with TFDS (skip_registration): some have names of its own catalogue.
 # Name -> where its builder class is; imported when asked for, so that one data set does not need another's libraries.
 DATASETS = {
     "digits_world": "gpt4v_jax.data.datasets.digits_world:DigitsWorld",

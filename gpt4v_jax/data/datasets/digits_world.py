@@ -366,7 +366,7 @@ class DigitsWorldConfig(tfds.core.BuilderConfig):
     compositional: int = 400
 
 
-class DigitsWorld(tfds.core.GeneratorBasedBuilder):
+class DigitsWorld(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Scenes of digits and shapes with captions and questions; see the top of this file."""
 
     VERSION = tfds.core.Version("1.1.0")  # raise it when a record changes: caches are kept by version

@@ -23,7 +23,7 @@ LANGUAGES = {"en": "English", "zh": "Chinese", "de": "German", "fr": "French", "
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # and what captions.jsonl calls them
 
 
-class Emoji(tfds.core.GeneratorBasedBuilder):
+class Emoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Emoji with their names in five languages; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")

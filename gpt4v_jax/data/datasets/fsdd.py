@@ -84,7 +84,7 @@ def records(files: dict[tuple[str, int, int], bytes], held_out: str, split: str)
             yield string(files, rng)
 
 
-class FSDD(tfds.core.GeneratorBasedBuilder):
+class FSDD(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Spoken digits and strings of them; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")

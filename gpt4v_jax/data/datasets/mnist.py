@@ -34,7 +34,7 @@ def arrays(manual: str, name: str = "mnist") -> dict[str, tuple[np.ndarray, np.n
             for part in ("train", "t10k")}
 
 
-class MNIST(tfds.core.GeneratorBasedBuilder):
+class MNIST(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Handwritten digits with one question each; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")

@@ -154,7 +154,7 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
     test: int = 1000
 
 
-class MovingDigits(tfds.core.GeneratorBasedBuilder):
+class MovingDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Clips of moving digits with questions; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")  # raise it when a record changes: caches are kept by version

@@ -50,7 +50,7 @@ class Direction(tfds.core.BuilderConfig):
     target: str = "en"
 
 
-class Multi30k(tfds.core.GeneratorBasedBuilder):
+class Multi30k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Sentences with their translation; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")
