@@ -89,3 +89,13 @@ def test_runs_from_when_bias_was_a_bool():
     text = '{"model": {"backbone": {"bias": true}, "image": {"size": 32, "encoder": {"bias": false}}}}'
     model = config.from_json(text).model
     assert model.backbone.bias == config.BIASES and model.image.encoder.bias == ()
+
+
+def test_the_best_metric_of_a_data_set_whose_name_has_slashes():
+    names = ("questions@fsdd/george", "wer@fsdd/george")
+    for best in ("questions@fsdd/george/accuracy/digit", "wer@fsdd/george/wer"):
+        assert config.Eval(evaluators=names, best=best).best == best
+    with pytest.raises(config.InputError, match="best='questions@fsdd' is none of questions@fsdd/george"):
+        config.Eval(evaluators=names, best="questions@fsdd/accuracy")
+    with pytest.raises(config.InputError, match="best='acuracy' .*did you mean 'accuracy'"):
+        config.Eval(evaluators=names, best="questions@fsdd/george/acuracy")

@@ -197,6 +197,8 @@ def test_jsonl(folder):
     (b'{"suffix": "x"}', ["question", "empty"]), (b'{"prefix": "x", "suffix": "\xe9"}', ["not UTF-8", "0xe9"]),
     (b'{"prefix": "\\ud800", "suffix": "x"}', ["prefix is not UTF-8"]),
     (b'{"prefix": "<image> <image>", "suffix": "x", "image": "a.png"}', ["2 <image>", "1 under 'image'"]),
+    (b'{"prefix": "what?", "suffix": "a", "images": ["a.png"]}', ["'images' is not known", "write 'image'"]),
+    (b'{"prefix": "what?", "suffix": "a", "Audio": "a.wav"}', ["'Audio' is not known", "write 'audio'"]),
 ])  # fmt: skip
 def test_jsonl_bad_lines(line, words, folder):
     good = {"prefix": "x", "suffix": "y"}

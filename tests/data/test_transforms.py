@@ -40,6 +40,7 @@ PNG = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 BAD = {
     "text": (b"this is no picture", "not a picture"),
     "empty": (b"", "not a picture"),
+    "PostScript, a program": (encoded(Image.new("RGB", (8, 8)), "eps"), "not a picture"),
     "truncated png": (PNG[: len(PNG) // 2], "damaged"),
     "truncated jpeg": (encoded(Image.open(io.BytesIO(PNG)), "jpeg")[:900], "damaged"),
     "header alone": (PNG[:30], "picture"),
