@@ -5,6 +5,7 @@ Results go to <workdir>/eval/<split>-<evaluator>/<step>.json.
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -31,7 +32,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 # Metrics that are no share of right answers -> how the table calls them.
 OTHERS = {
-    "loss_a_character": "nats a character", "loss_a_letter": "nats a letter", "wer": "word error rate", "bleu": "BLEU",
+    "loss_a_character": "nats a character", "loss_a_letter": "nats a letter", "wer": "WER", "bleu": "BLEU",
     "chrf": "chrF",
 }  # fmt: skip
 
@@ -117,7 +118,8 @@ def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
 def main() -> None:
     with sharding.distributed(_DISTRIBUTED.value):
         results = evaluate(Path(_WORKDIR.value), _SPLITS.value or [], _EVALUATORS.value or [], _STEP.value)
-    console = rich.console.Console(highlight=False, quiet=not sharding.is_first())
+    width = None if sys.stdout.isatty() else 160  # a log has room for every number
+    console = rich.console.Console(highlight=False, width=width, quiet=not sharding.is_first())
     for split, by_name in results.items():
         console.print(table(split, by_name))
 
