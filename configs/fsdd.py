@@ -2,7 +2,9 @@
 
 python -m gpt4v_jax.train --config configs/fsdd.py:speaker=george --workdir runs/fsdd_george
 
-Speakers: george, jackson, lucas, nicolas, theo, yweweler. Measured: not yet.
+Speakers: george, jackson, lucas, nicolas, theo, yweweler. Measured, george held out: 0.378 of his 500 digits, beside
+0.952 of 250 held-out digits of the five others, in 13.2 minutes on 2 cores (docs/results/modalities.md). The bar is
+0.75.
 """
 
 from gpt4v_jax import config as config_lib

@@ -12,7 +12,7 @@ def get_config(arg: str = ""):
     """Arguments: pair=de-en|en-de|fr-en|en-fr|cs-en|en-cs."""
     arg = config_lib.arguments(arg, pair="de-en")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 1600, 24, 100, 400
+    config.steps, config.batch, config.log_every, config.save_every = 900, 24, 100, 300
 
     config.model.context = 128
     config.model.embed_norm = True
@@ -23,5 +23,5 @@ def get_config(arg: str = ""):
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
-    config.eval.update(evaluators=("questions", "bleu"), every=400, limit=200)
+    config.eval.update(evaluators=("questions", "bleu"), every=300, limit=200)
     return config

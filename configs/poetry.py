@@ -11,7 +11,7 @@ from gpt4v_jax import config as config_lib
 def get_config(arg: str = ""):
     config_lib.arguments(arg)
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 1500, 24, 100, 250
+    config.steps, config.batch, config.log_every, config.save_every = 800, 24, 100, 200
 
     config.model.context = 128
     config.model.embed_norm = True
@@ -21,5 +21,5 @@ def get_config(arg: str = ""):
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
-    config.eval.update(evaluators=("windows",), every=250, best="windows/loss", best_mode="min")
+    config.eval.update(evaluators=("windows",), every=200, best="windows/loss", best_mode="min")
     return config
