@@ -130,7 +130,7 @@ def page(runs: Path) -> str:
         "# Tasks of every modality, from scratch on a CPU", "",
         "One seed each, two shared cores. Written by `python -m benchmarks.modalities` from the configs' workdirs;",
         "the command of each run opens its config. \"not run\" is what is still to do.", "",
-        "Bars are the project's own. Context: MNIST from fashion-mnist's README, easy-VQA from easy-VQA-keras', Multi30k",
+        "Bars are ours. Context: MNIST from fashion-mnist's README, easy-VQA from easy-VQA-keras', Multi30k",
         "from pytorch-seq2seq's notebook 6; logistic regression, TF-IDF and 3-gram were one untuned run each.",
         "", *lines, "", spoken, "",
         f"Colour neighbour of the captions (recall at 1): mean {np.mean(list(colour.values())):.4f}; {said}.",
