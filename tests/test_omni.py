@@ -145,7 +145,7 @@ def test_evaluate(folder):
     done = subprocess.run([sys.executable, "-m", "gpt4v_jax.evaluate", f"--workdir={folder}"], cwd=ROOT, env=env,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "caption" in done.stdout and "word error rate" in done.stdout and "counted" in done.stdout
+    assert "caption" in done.stdout and "WER" in done.stdout and "counted" in done.stdout
     pictures, clips, sounds, texts = names(folder)
     found = {path.parent.name for path in folder.glob("eval/*/4.json")}
     asked = [(pictures, "questions"), (pictures, "counted"), (sounds, "wer")]
