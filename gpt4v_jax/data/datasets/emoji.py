@@ -14,7 +14,7 @@ from gpt4v_jax.data.datasets import raw
 
 SOURCE = ("They are our selection from github.com/googlefonts/noto-emoji @ b3e3051a088047d19fd4d49b1c3ac42fb8c3aaf8, "
           "png/72, and github.com/unicode-org/cldr-json @ b08a82b582f1120d630d623f9e5073316741574d, "
-          "cldr-annotations-full and -derived-full, which have them in another form; see ../shared/data/cap-emoji")
+          "cldr-annotations-full and -derived-full, which have them in another form")
 SHA256 = {  # of the files in the zip, see raw.py
     "images72.zip": "b52ea4e5c117e676f7f823af7b5efd28d7f3ecf802cdef8aa001a05240e347b5",
     "captions.jsonl": "252a3cc4379e6fd792712f5bd62f03a90eb0d8dc07e69c347bc6e1becc1ceaf3",
