@@ -21,8 +21,9 @@ from ml_collections import config_flags
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config, sharding
 from gpt4v_jax import eval as eval_lib
-from gpt4v_jax.data import mixture, packing, pipeline, sources
+from gpt4v_jax.data import mixture, packing, pipeline
 from gpt4v_jax.data import tokenizer as tokenizer_lib
+from gpt4v_jax.data.windows import Windows
 from gpt4v_jax.eval import common
 from gpt4v_jax.interop import parts
 from gpt4v_jax.model import flops
@@ -129,7 +130,7 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     # A host, or a resumed run, that finds other documents would fill other rows.
     needs, sets = source.needs(0), getattr(source, "parts", [source])
     known = {"documents": len(needs), "plan": f"{zlib.crc32(np.ascontiguousarray(needs)):08x}",
-             "texts": [part.name for part in sets if isinstance(part, sources.Windows)]}  # fmt: skip
+             "texts": [part.name for part in sets if isinstance(part, Windows)]}  # fmt: skip
     sharding.barrier("config, tokenizer or data", config.to_json(run) + tokenizer.to_json() + known["plan"])
     if resumes:
         workdir.check_data(folder, known)

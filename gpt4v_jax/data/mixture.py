@@ -11,6 +11,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, packing, sources
 from gpt4v_jax.data.tokenizer import Tokenizer
+from gpt4v_jax.data.windows import Windows
 
 NUMBER = r"\d+\.?\d*|\.\d+"  # not 3.0.1, which is the version of one of TFDS's
 ENTRY = re.compile(rf"(?P<name>.+?)(?:: *(?:first: *(?P<percent>{NUMBER}) *%|(?P<weight>{NUMBER})))?")
@@ -88,7 +89,7 @@ class Mixture:
         self.parts, self._seed = parts, seed
         self.layout, self.names = parts[0].layout, [part.name for part in parts]
         # Windows of a text may be one fewer in another epoch.
-        self._sizes = [max(n - isinstance(p, sources.Windows), min(n, 1)) for p in parts for n in [len(p.needs(0))]]
+        self._sizes = [max(n - isinstance(p, Windows), min(n, 1)) for p in parts for n in [len(p.needs(0))]]
         if 0 in self._sizes:
             raise config.InputError(f"{self.names[self._sizes.index(0)]} has no record to train on: leave it out")
         self._taken = [max(round(w * n), 1) for w, n in zip(weights, self._sizes, strict=True)]

@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +19,13 @@ import tensorflow_datasets as tfds
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, datasets, files, media
+from gpt4v_jax.data.bad import Bad
 from gpt4v_jax.data.tokenizer import Tokenizer
 from gpt4v_jax.data.transforms import BadMedium
+from gpt4v_jax.data.windows import Windows
 
 CAPTION_PROMPT = "describe the picture."
 CHUNK = 256  # records read at once
-SAID = 5  # bad records that are named, each in a line; the others are counted
 
 
 def cache_dir(data: config.Data) -> Path:
@@ -124,29 +123,6 @@ def media_of(record, turn: int = 0) -> list[tuple[str, bytes]]:
     if "turns" in record:
         return [(part.modality, part.read()) for part in record["turns"][turn].parts if not isinstance(part, str)]
     return [(name, bytes_of(record[name])) for name in batch_lib.MEDIA if name in record]
-
-
-class Bad:
-    """Records that cannot be used: each is said or counted, and beyond a share of all of them the run stops."""
-
-    def __init__(self, name: str, total: int, share: float, say: Callable[[str], None] | None = None):
-        self._name, self._total, self._share = name, total, share
-        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-        self._lock, self.where = threading.Lock(), {}
-
-    def skip(self, where: str, why: object) -> None:
-        """Raises InputError once they are more than the share. A record counts once, however often it is met."""
-        with self._lock:
-            if where in self.where:
-                return
-            self.where[where] = str(why)
-            if len(self.where) <= SAID:
-                self._say(f"skipped {where}: {why}")
-            if len(self.where) > self._share * self._total:
-                raise config.InputError(
-                    f"{self._name}: {len(self.where)} of {self._total:,} records cannot be used, which is more than "
-                    f"config.data.bad={self._share:.0%}; the last one is {where}: {why}. Mend the data, or raise it"
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,47 +352,6 @@ class Questions:
 
     def document(self, epoch: int, i: int) -> chat.Document:
         return chat.document(self.pieces(epoch, i), self.special, self.layout)
-
-
-class Windows:
-    """A text as windows of `data.window` tokens, each with the token that follows as its last target.
-
-    In training they start at an offset drawn from (seed, epoch), and every epoch reads the whole text once; with
-    seed None they start at 0, do not overlap, and cover the text up to the last whole window.
-    """
-
-    def __init__(self, texts, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None,
-                 bad: Bad | None = None):  # fmt: skip
-        """texts: one after the other; between two of them lies `<end>`, where the tokenizer has one."""
-        end = [tokenizer.special["<end>"]] if "<end>" in tokenizer.special else []
-        ids: list[int] = []
-        for number, text in enumerate(texts):
-            ids += [*(end if number else []), *tokenizer.encode(text)]
-        self._ids = np.array(ids, np.int32)
-        self.name, self.layout = data.name, layout
-        self._T, self._seed = min(data.window or layout.context, layout.context), seed
-        self.bad = bad or Bad(data.name, 1, data.bad)
-        if len(self._ids) < 2 * self._T:
-            raise config.InputError(f"the text has {len(self._ids)} tokens, too few for two windows of {self._T}")
-
-    def _offset(self, epoch: int) -> int:
-        return 0 if self._seed is None else int(np.random.default_rng((self._seed, epoch, 1)).integers(self._T))
-
-    def needs(self, epoch: int) -> np.ndarray:
-        n = (len(self._ids) - 1 - self._offset(epoch)) // self._T
-        return np.tile([self._T, *[0] * (len(self.layout.room) - 1)], (n, 1))
-
-    def document(self, epoch: int, i: int) -> chat.Document:
-        T, start = self._T, self._offset(epoch) + i * self._T
-        ids = self._ids[start : start + T + 1]
-        return chat.Document(ids[:-1], ids[1:], np.ones(T, np.float32), np.ones(T, bool))
-
-    def trained_ids(self) -> np.ndarray:
-        """-> the tokens that are targets in evaluation."""
-        return self._ids[1 : 1 + len(self.needs(0)) * self._T]
-
-    def read(self, medium: chat.Medium):
-        raise ValueError("a text has no media")
 
 
 def _remember(encode):

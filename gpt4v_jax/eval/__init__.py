@@ -9,6 +9,7 @@ import jax
 
 from gpt4v_jax import config
 from gpt4v_jax.data import sources
+from gpt4v_jax.data.windows import Windows
 from gpt4v_jax.eval import common, generated, language, questions, retrieval
 
 EVALUATORS = {
@@ -33,7 +34,7 @@ def named(evaluator: str) -> tuple[str, str]:
 def check(evaluator: str, source, data: str) -> None:
     """Raises InputError for an evaluator that the documents of a data set do not fit."""
     name = named(evaluator)[0]
-    if name == "windows" and not isinstance(source, sources.Windows):
+    if name == "windows" and not isinstance(source, Windows):
         raise config.InputError(f"the data set {data} is no plain text: use the evaluator 'questions'")
     if name != "windows" and not isinstance(source, sources.Conversations):
         raise config.InputError(f"the data set {data} has no questions: use the evaluator 'windows'")

@@ -12,6 +12,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import media, mixture, packing, pipeline, sound, sources, transforms
 from gpt4v_jax.data import tokenizer as tokenizer_lib
+from gpt4v_jax.data.bad import SAID, Bad
 from gpt4v_jax.data.transforms import BadMedium
 from tests import tiny
 from tests.data.test_clip import encode, frames_of
@@ -331,11 +332,11 @@ def test_beyond_data_bad_the_run_stops_at_decoding(threads, tmp_path):
 
 def test_only_the_first_bad_ones_are_said():
     said = []
-    bad = sources.Bad("name", 100, 0.07, said.append)
+    bad = Bad("name", 100, 0.07, said.append)
     for i in [*range(7), *range(7)]:
         bad.skip(f"file:{i}", "why")
-    assert said == [f"skipped file:{i}: why" for i in range(sources.SAID)] and len(bad.where) == 7
+    assert said == [f"skipped file:{i}: why" for i in range(SAID)] and len(bad.where) == 7
     with pytest.raises(config.InputError, match="name: 8 of 100 .* more than config.data.bad=7%.* file:9: why. Mend"):
         bad.skip("file:9", "why")
     with pytest.raises(config.InputError):
-        sources.Bad("name", 100, 0.0, said.append).skip("a", "why")
+        Bad("name", 100, 0.0, said.append).skip("a", "why")

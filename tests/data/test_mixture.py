@@ -12,6 +12,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, mixture, packing, pipeline, sources
 from gpt4v_jax.data.mixture import Entry
+from gpt4v_jax.data.windows import Windows
 from tests import tiny
 
 LAYOUT = batch_lib.layout(tiny.make_config(context=24), tiny.DATA)
@@ -159,7 +160,7 @@ def test_a_text_of_two_windows():
     """Sources that are windows may be one fewer in another epoch."""
     ids = np.arange(48)
     tokens = types.SimpleNamespace(encode=lambda text: ids, special=tiny.SPECIAL)
-    text = sources.Windows([""], config.Data(name="text"), tokens, LAYOUT, seed=0)
+    text = Windows([""], config.Data(name="text"), tokens, LAYOUT, seed=0)
     source = mixture.Mixture([Part(0, 4), text], (1.0, 1.0), seed=0)
     for e in range(4):
         assert len(source.needs(e)) == 5 and len(source.document(e, 4)) == 24

@@ -11,6 +11,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import files, sources
 from gpt4v_jax.data import tokenizer as tokenizer_lib
+from gpt4v_jax.data.windows import Windows
 from tests import tiny
 
 LAYOUT = batch_lib.layout(tiny.make_config(context=96), config.Data())
@@ -91,7 +92,7 @@ class Given:
 
 
 def windows(ids, layout, seed, **data):
-    return sources.Windows([" ".join(map(str, ids))], config.Data(name="numbers", **data), Given(), layout, seed)
+    return Windows([" ".join(map(str, ids))], config.Data(name="numbers", **data), Given(), layout, seed)
 
 
 @pytest.mark.parametrize("window", [0, 10, 99])  # 0: the context's; a wider one is the context's

@@ -1,0 +1,50 @@
+"""Plain text as documents: a source of windows."""
+
+import numpy as np
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
+from gpt4v_jax.data import chat
+from gpt4v_jax.data.bad import Bad
+from gpt4v_jax.data.tokenizer import Tokenizer
+
+
+class Windows:
+    """A text as windows of `data.window` tokens, each with the token that follows as its last target.
+
+    In training they start at an offset drawn from (seed, epoch), and every epoch reads the whole text once; with
+    seed None they start at 0, do not overlap, and cover the text up to the last whole window.
+    """
+
+    def __init__(self, texts, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None,
+                 bad: Bad | None = None):  # fmt: skip
+        """texts: one after the other; between two of them lies `<end>`, where the tokenizer has one."""
+        end = [tokenizer.special["<end>"]] if "<end>" in tokenizer.special else []
+        ids: list[int] = []
+        for number, text in enumerate(texts):
+            ids += [*(end if number else []), *tokenizer.encode(text)]
+        self._ids = np.array(ids, np.int32)
+        self.name, self.layout = data.name, layout
+        self._T, self._seed = min(data.window or layout.context, layout.context), seed
+        self.bad = bad or Bad(data.name, 1, data.bad)
+        if len(self._ids) < 2 * self._T:
+            raise config.InputError(f"the text has {len(self._ids)} tokens, too few for two windows of {self._T}")
+
+    def _offset(self, epoch: int) -> int:
+        return 0 if self._seed is None else int(np.random.default_rng((self._seed, epoch, 1)).integers(self._T))
+
+    def needs(self, epoch: int) -> np.ndarray:
+        n = (len(self._ids) - 1 - self._offset(epoch)) // self._T
+        return np.tile([self._T, *[0] * (len(self.layout.room) - 1)], (n, 1))
+
+    def document(self, epoch: int, i: int) -> chat.Document:
+        T, start = self._T, self._offset(epoch) + i * self._T
+        ids = self._ids[start : start + T + 1]
+        return chat.Document(ids[:-1], ids[1:], np.ones(T, np.float32), np.ones(T, bool))
+
+    def trained_ids(self) -> np.ndarray:
+        """-> the tokens that are targets in evaluation."""
+        return self._ids[1 : 1 + len(self.needs(0)) * self._T]
+
+    def read(self, medium: chat.Medium):
+        raise ValueError("a text has no media")
