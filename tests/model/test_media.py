@@ -100,10 +100,10 @@ def test_what_comes_before_a_medium_does_not_see_it(name, modality, text):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_equals_the_whole(name):
-    """A prefill with sound and picture, a second turn in two chunks, the first of which ends with its clip, then tokens
-    one by one."""
+    """A prefill with sound and clip, a second turn in two chunks, the first of which ends with its picture (whose rows
+    reach further than its time), then tokens one by one."""
     module, params = made(name)
-    one = document("S3 i U2 A2 U1 V S3 A3", module.layout)
+    one = document("S3 V U2 A2 U1 i S3 A3", module.layout)
     whole = row(module, one)
     expected = np.asarray(forward(name)(whole))[0, : len(one)]
     turn = int(np.flatnonzero(one.tokens == tiny.SPECIAL["<user>"])[1])
@@ -112,9 +112,9 @@ def test_cached_decoding_equals_the_whole(name):
     append = jax.jit(lambda model, b, c: model.apply({"params": params}, b, c)[:2], static_argnums=0)
     found, taken = [], dict.fromkeys(batch_lib.MEDIA, 0)
     stream = ("tokens", "slot", "position", "document", "ar", "target", "weight")
-    clip = whole.video.at[0, 0] + int((whole.video.item[0] == 1).sum())
-    assert turn < clip < answer
-    ends = sorted({0, turn, int(clip), answer})
+    picture = whole.image.at[0, 0] + int((whole.image.item[0] == 1).sum())
+    assert turn < picture < answer
+    ends = sorted({0, turn, int(picture), answer})
     for start, stop in [*zip(ends, ends[1:], strict=False), *((t, t + 1) for t in range(answer, len(one)))]:
         none = dict.fromkeys(batch_lib.MEDIA)
         part = whole.replace(**{key: getattr(whole, key)[:, start:stop] for key in stream}, **none)
@@ -133,9 +133,9 @@ def test_cached_decoding_equals_the_whole(name):
         else:
             model = module
         hidden, cache = append(model, part, cache)
+        assert (cache.next_position == whole.position[0, :stop].max() + 1).all()
         found.append(module.apply({"params": params}, hidden, method="logits")[0])
     np.testing.assert_allclose(np.concatenate(found), expected, atol=2e-5)
-    assert int(cache.next_position[0, 0]) == whole.position[0, : len(one)].max() + 1
 
 
 @pytest.mark.parametrize("name", VARIANTS)
