@@ -12,16 +12,16 @@ def get_config(arg: str = ""):
     """Arguments: pair=de-en|en-de|fr-en|en-fr|cs-en|en-cs."""
     arg = config_lib.arguments(arg, pair="de-en")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 900, 24, 100, 300
+    config.steps, config.batch, config.log_every, config.save_every = 1800, 24, 100, 600
 
     config.model.context = 128
     config.model.embed_norm = True
-    config.model.backbone.update(depth=4, width=192, heads=6, dropout=0.1)
+    config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
     config.model.fusion.kind = "prefix_lm"
 
-    config.data.update(name=f"multi30k/{arg['pair']}", vocab=6000)
+    config.data.update(name=f"multi30k/{arg['pair']}", vocab=4000)
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
-    config.eval.update(evaluators=("questions", "bleu"), every=300, limit=200)
+    config.eval.update(evaluators=("questions", "bleu"), every=600, limit=200)
     return config

@@ -11,11 +11,11 @@ from gpt4v_jax import config as config_lib
 def get_config(arg: str = ""):
     config_lib.arguments(arg)
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 800, 24, 100, 200
+    config.steps, config.batch, config.log_every, config.save_every = 1000, 24, 100, 200
 
     config.model.context = 128
     config.model.embed_norm = True
-    config.model.backbone.update(depth=4, width=192, heads=6, dropout=0.2)
+    config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.2)
 
     config.data.update(name="poetry/tang", vocab=8000)
 
