@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     """Arguments: pictures=real|blank (blank trains the blind baseline)."""
     arg = config_lib.arguments(arg, pictures="real")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 2000, 16, 100, 400
+    config.steps, config.batch, config.log_every, config.save_every = 1600, 16, 100, 400
 
     config.model.context = 176  # a picture with its questions
     config.model.embed_norm = True

@@ -11,7 +11,7 @@ from gpt4v_jax import config as config_lib
 def get_config(arg: str = ""):
     config_lib.arguments(arg)
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 2000, 32, 100, 400
+    config.steps, config.batch, config.log_every, config.save_every = 1500, 32, 100, 500
 
     config.model.context = 100  # four digits a row
     config.model.embed_norm = True
@@ -23,5 +23,5 @@ def get_config(arg: str = ""):
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
-    config.eval.update(evaluators=("questions",), every=400, limit=1000, best="questions/accuracy")
+    config.eval.update(evaluators=("questions",), every=500, limit=1000, best="questions/accuracy")
     return config
