@@ -24,5 +24,6 @@ def get_config(arg: str = ""):
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
     # Pictures times captions are scored: of 50 pictures in training, of all of a split by gpt4v_jax.evaluate.
-    config.eval.update(evaluators=("questions", "retrieval"), every=250, limit=50, best="questions/loss", best_mode="min")
+    config.eval.update(evaluators=("questions", "retrieval"), every=250, limit=50)
+    config.eval.update(best="questions/loss", best_mode="min")
     return config

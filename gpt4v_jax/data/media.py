@@ -37,7 +37,8 @@ def patches(
     views = layout.views(modality, shape)
     p, dtype = layout.values(modality)
     if blank:
-        values = [np.full((len(view), p), SILENCE if modality == "audio" else GREY, dtype) for view in views]
+        value = GREY if modality != "audio" else 0 if layout.audio.center else SILENCE
+        values = [np.full((len(view), p), value, dtype) for view in views]
     elif modality == "audio":
         values = [_sound(data, shape[0], layout, augment, rng)]
     elif modality == "video":
@@ -88,6 +89,8 @@ def _sound(data: bytes, frames: int, layout: batch_lib.Layout, augment, rng) -> 
     if "mask" in augment:
         mel = sound.augment_mel(mel, rng)
     mel = np.pad(mel, [(0, -frames % c.patch), (0, 0)], constant_values=mel.min())
+    if c.center:
+        mel -= mel[:frames].mean(axis=0)
     return mel.reshape(-1, c.values)
 
 

@@ -141,6 +141,17 @@ def test_sounds(samples, frames):
     assert (values.reshape(-1, 3)[frames:] == mel.min()).all()
 
 
+def test_centred_sounds():
+    """Each bin less its mean over the frames, of which those that only fill a patch up are none; silence is 0."""
+    data, centred = encoded(wave()[:1120] * np.linspace(0.1, 1, 1120)), layout(audio={"center": True})
+    ((values, _),) = read("audio", data, centred)
+    mel = sound.log_mel(sound.decode(data), 3)
+    np.testing.assert_allclose(values.reshape(-1, 3)[: len(mel)], mel - mel.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(values.reshape(-1, 3)[len(mel) :], (mel.min() - mel.mean(axis=0))[None], atol=1e-6)
+    ((blank, _),) = read("audio", data, centred, blank=True)
+    assert (blank == 0).all()
+
+
 @pytest.mark.parametrize("samples, message", [(1760, "0.11 s, and model.audio.seconds=0.1"), (150, "0.00 s")])
 def test_a_sound_that_is_too_long_or_too_short(samples, message):
     with pytest.raises(BadMedium, match=message):

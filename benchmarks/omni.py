@@ -1,0 +1,140 @@
+"""docs/results/omni.md: one model on four modalities beside a model for each: python -m benchmarks.omni --runs runs
+
+The workdirs are those that the first lines of configs/omni_tiny.py name, each trained and evaluated. What blanking and
+exchanging media does to the answers of the same and of other data sets is computed here, from the joint model.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from benchmarks import modalities
+from gpt4v_jax import command, config
+from gpt4v_jax.data import chat, mixture, sources
+from gpt4v_jax.eval import common
+from gpt4v_jax.training import step as step_lib
+from gpt4v_jax.training import workdir
+
+_RUNS = flags.DEFINE_string("runs", "runs", "the folder of the workdirs", allow_override=True)
+_OUT = flags.DEFINE_string("out", "docs/results", "where omni.md goes", allow_override=True)
+
+JOINT = "omni_tiny"
+MODALITY = {"poetry/songci": "text", "easyvqa": "image", "moving_digits": "video", "fsdd/george": "audio"}
+# data set -> the split, the evaluator, its metric and what the page calls it; least is best where it is a loss
+METRICS = {
+    "poetry/songci": ("validation", "windows", "loss_a_letter", "nats a character"),
+    "easyvqa": ("test", "questions", "accuracy", "exact answers"),
+    "moving_digits": ("test", "questions", "accuracy", "exact answers"),
+    "fsdd/george": ("validation", "questions", "accuracy", "exact answers, known speakers"),
+}
+RECORDS = 200  # of each data set, for blanking and exchanging
+
+
+class Together:
+    """The documents of several sources, in one drawn order, so that rows hold documents of all of them. owner [n]:
+    whose each is."""
+
+    def __init__(self, parts):
+        self._parts = parts
+        sizes = [len(part.needs(0)) for part in parts]
+        order = np.random.default_rng(0).permutation(sum(sizes))
+        self.owner = np.repeat(np.arange(len(parts)), sizes)[order]
+        self._number = np.concatenate([np.arange(size) for size in sizes])[order]
+
+    def needs(self, epoch: int) -> np.ndarray:
+        by_part = [part.needs(0) for part in self._parts]
+        return np.array([by_part[k][i] for k, i in zip(self.owner, self._number, strict=True)])
+
+    def document(self, epoch: int, i: int) -> chat.Document:
+        k = self.owner[i]
+        made = self._parts[k].document(0, int(self._number[i]))
+        media = tuple((at, dataclasses.replace(medium, key=(k, medium.key))) for at, medium in made.media)
+        return dataclasses.replace(made, media=media)
+
+    def read(self, medium: chat.Medium):
+        k, key = medium.key
+        return self._parts[k].read(dataclasses.replace(medium, key=key))
+
+
+def losses(trained: workdir.Trained, opened: dict, changed: str = "", how: str = "") -> dict[str, float]:
+    """-> nats a trained token of each data set's answers, all packed into the same rows; the media of the data set
+    `changed` are blanked, or exchanged with another record's."""
+
+    def questions(name: str, source):
+        if not isinstance(source, sources.Conversations):
+            return source
+        count = len(source.records)
+        moved = {"media_of": lambda record: (record + 1) % count} if how == "exchanged" else {"blank": how == "blanked"}
+        return sources.Questions(source, **moved) if name == changed else sources.Questions(source)
+
+    together = Together([questions(name, source) for name, source in opened.items()])
+    eval_step = jax.jit(step_lib.make_eval_step(trained.model))
+    subject = common.Subject(
+        trained.run, trained.layout, trained.tokenizer, trained.mesh, eval_step, trained.params, together, "validation"
+    )
+    nats, tokens, _ = common.score(subject, together)
+    return {name: nats[together.owner == k].sum() / tokens[together.owner == k].sum()
+            for k, name in enumerate(opened)}  # fmt: skip
+
+
+def isolation(folder: Path) -> list[str]:
+    """-> a table: by how many nats a token each change of media raises the loss on each data set's answers."""
+    trained = workdir.restore(folder)
+    opened = {name: common.open_source(mixture.one(trained.run, name), "validation", trained.tokenizer, trained.layout,
+                                       RECORDS) for name in MODALITY}  # fmt: skip
+    plain = losses(trained, opened)
+    lines = ["| media changed | " + " | ".join(f"{m} ({name})" for name, m in MODALITY.items()) + " |",
+             "|---|" + "---|" * len(MODALITY),
+             "| none: nats a token | " + " | ".join(f"{plain[name]:.3f}" for name in MODALITY) + " |"]  # fmt: skip
+    for changed, modality in MODALITY.items():
+        for how in ("blanked", "exchanged") if modality != "text" else ():
+            now = losses(trained, opened, changed, how)
+            cells = " | ".join(f"{now[name] - plain[name]:+.4f}" for name in MODALITY)
+            lines.append(f"| {modality} {how} | {cells} |")
+    return lines
+
+
+def tokens(folder: Path, name: str) -> float:
+    """-> positions of a data set that a run was trained on."""
+    if not (folder / "metrics.jsonl").is_file():
+        return float("nan")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return max((line.get(f"data/{name}/tokens", 0) for line in lines), default=0)
+
+
+def page(runs: Path) -> str:
+    lines = ["| modality | data set | metric | together | alone | positions together, alone | alone: run |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, modality in MODALITY.items():
+        split, evaluator, metric, called = METRICS[name]
+        alone = runs / f"omni_{name.split('/')[0]}"
+        joint = modalities.found(runs / JOINT, f"{name.replace('/', '-')}-{split}", evaluator)
+        numbers = [modalities.number(result, metric) for result in (joint, modalities.found(alone, split, evaluator))]
+        seen = ", ".join(f"{tokens(folder, name):,.0f}" for folder in (runs / JOINT, alone))
+        lines.append(f"| {modality} | {name}, {split} | {called} | {' | '.join(numbers)} | {seen} | "
+                     f"{modalities.made(alone)} |")  # fmt: skip
+    return "\n".join([
+        "# One model for four modalities, and a model for each", "",
+        "configs/omni_tiny.py, one seed, on a CPU; written by `python -m benchmarks.omni`. The same model and the same",
+        "number of positions of each data set in both columns: what joint training costs or gives. Intervals are 95 %.",
+        "", *lines, "", f"Together: {modalities.made(runs / JOINT)}.", "",
+        "## Whose media an answer reads", "",
+        f"The joint model, {RECORDS} validation records of each data set, their questions packed into the same rows:",
+        "by how many nats a token the loss on each data set's answers rises when the media of one are made grey or",
+        "silent, or exchanged with those of another record.", "", *isolation(runs / JOINT),
+    ]) + "\n"  # fmt: skip
+
+
+def main() -> None:
+    config.at_least(1, records=RECORDS)
+    path = Path(_OUT.value) / "omni.md"
+    path.write_text(page(Path(_RUNS.value)))
+    print(path)
+
+
+if __name__ == "__main__":
+    command.run(main)
