@@ -14,6 +14,8 @@ from gpt4v_jax import config, sharding
 from gpt4v_jax.data import pipeline, sources
 from gpt4v_jax.data.tokenizer import Tokenizer
 
+DRAWS = 1000  # of a bootstrap
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -83,6 +85,13 @@ def score(subject: Subject, source) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         why = "no row can hold them, or their media cannot be read"
         print(f"{lost:,} of {count:,} documents count as wrong: {why}", file=sys.stderr, flush=True)
     return nats, tokens, exact
+
+
+def bootstrap(score: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """-> 95 % interval of score(numbers of the items), of `count` items drawn with replacement (Efron 1979)."""
+    rng = np.random.default_rng(0)
+    drawn = [score(rng.integers(count, size=count)) for _ in range(DRAWS)]
+    return tuple(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
 
 
 def interval(right: int, asked: int) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """What the model writes, against what people wrote: word error rate of speech, BLEU and chrF of translations.
 
-The scores are those of jiwer and sacrebleu; intervals are from 1,000 draws of the questions with replacement.
+The scores are those of jiwer and sacrebleu; intervals are of the questions drawn with replacement.
 """
 
 import sys
@@ -14,7 +14,6 @@ from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training.workdir import Trained
 
 LONGER = 2  # an answer may be so many times as long as the longest true one
-DRAWS = 1000
 
 
 def answers(subject: common.Subject) -> tuple[list[str], list[str]]:
@@ -49,7 +48,7 @@ def wer(subject: common.Subject) -> common.Result:
     counts = [jiwer.process_words(t, s) for s, t in zip(said, truth, strict=True)]
     errors = np.array([c.substitutions + c.deletions + c.insertions for c in counts])
     words = np.array([c.hits + c.substitutions + c.deletions for c in counts])
-    low, high = _interval(lambda at: errors[at].sum() / words[at].sum(), len(said))
+    low, high = common.bootstrap(lambda at: errors[at].sum() / words[at].sum(), len(said))
     right = np.array([s == t for s, t in zip(said, truth, strict=True)])
     metrics = {"wer": errors.sum() / words.sum(), "wer/low": low, "wer/high": high, "accuracy": right.mean()}
     return common.Result(metrics, {"answers": (int(right.sum()), len(right))}, tuple(map(bool, right)))
@@ -61,31 +60,11 @@ def bleu(subject: common.Subject) -> common.Result:
     import sacrebleu
 
     said, truth = answers(subject)
-    found = sacrebleu.corpus_bleu(said, [truth])
-    metric = sacrebleu.metrics.BLEU(effective_order=True)  # else it warns at each sentence; the counts are the same
-    # A sentence's counts, so that a draw of sentences needs no counting again.
-    counts = np.array([_counts(metric.sentence_score(s, [t])) for s, t in zip(said, truth, strict=True)])
-    low, high = _interval(lambda at: _bleu(counts[at].sum(0)), len(said))
-    chrf = sacrebleu.corpus_chrf(said, [truth]).score
+    metrics = {}
+    for name, metric in (("bleu", sacrebleu.BLEU(force=True)), ("chrf", sacrebleu.CHRF())):  # force: it warns of " ."
+        found = metric.corpus_score(said, [truth], n_bootstrap=common.DRAWS)
+        middle, half = found._mean, found._ci  # sacrebleu says them in a text alone
+        metrics |= {name: found.score, f"{name}/low": middle - half, f"{name}/high": middle + half}
     right = np.array([s == t for s, t in zip(said, truth, strict=True)])
-    metrics = {"bleu": found.score, "bleu/low": low, "bleu/high": high, "chrf": chrf, "accuracy": right.mean()}
+    metrics["accuracy"] = right.mean()
     return common.Result(metrics, {"answers": (int(right.sum()), len(right))}, tuple(map(bool, right)))
-
-
-def _counts(score) -> list[int]:
-    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
-
-
-def _bleu(counts: np.ndarray) -> float:
-    """As corpus_bleu, which smooths where no four words in a row are right."""
-    from sacrebleu.metrics import BLEU
-
-    hits, totals, (said, true) = counts[:4].tolist(), counts[4:8].tolist(), counts[8:].tolist()
-    return BLEU.compute_bleu(hits, totals, said, true, smooth_method="exp").score
-
-
-def _interval(score, count: int) -> tuple[float, float]:
-    """-> the 2.5 % and 97.5 % quantiles of score(numbers of the drawn questions)."""
-    rng = np.random.default_rng(0)
-    drawn = [score(rng.integers(count, size=count)) for _ in range(DRAWS)]
-    return tuple(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
