@@ -49,10 +49,10 @@ def test_bleu_and_chrf_are_sacrebleu_s():
     assert scored(generated.bleu, [""] * 6, TRUTH).metrics["bleu"] == 0
 
 
-@pytest.mark.parametrize("name, evaluator", [("wer", generated.wer), ("bleu", generated.bleu), ("chrf", generated.bleu)])
-def test_intervals(name, evaluator, caplog):
+@pytest.mark.parametrize("name", ["wer", "bleu", "chrf"])
+def test_intervals(name, caplog):
     """They contain the value, shrink with more sentences, and are the same each time."""
-    widths = []
+    widths, evaluator = [], generated.wer if name == "wer" else generated.bleu
     for times in (1, 4, 16):
         m = scored(evaluator, SAID * times, TRUTH * times).metrics
         assert m[f"{name}/low"] < m[name] < m[f"{name}/high"]
