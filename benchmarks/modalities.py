@@ -83,7 +83,8 @@ def made(folder: Path) -> str:
     environment = json.loads((folder / "environment.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     minutes = max((line.get("minutes", 0) for line in lines), default=0)
-    return f"{max((line['step'] for line in lines), default=0):,} steps, {minutes:.1f} min, {environment['commit']}"
+    steps, cores = max((line["step"] for line in lines), default=0), environment["cores"]
+    return f"{steps:,} steps, {minutes:.1f} min on {cores} core{'s' * (cores > 1)}, {environment['commit']}"
 
 
 def neighbour(data: config.Data, kind: str) -> float:
