@@ -60,7 +60,7 @@ class Together:
         return self._parts[k].read(dataclasses.replace(medium, key=key))
 
 
-def losses(trained: workdir.Trained, opened: dict, changed: str = "", how: str = "") -> dict[str, float]:
+def losses(subject: common.Subject, opened: dict, changed: str = "", how: str = "") -> dict[str, float]:
     """-> nats a trained token of each data set's answers, all packed into the same rows; the media of the data set
     `changed` are blanked, or exchanged with another record's."""
 
@@ -72,10 +72,6 @@ def losses(trained: workdir.Trained, opened: dict, changed: str = "", how: str =
         return sources.Questions(source, **moved) if name == changed else sources.Questions(source)
 
     together = Together([questions(name, source) for name, source in opened.items()])
-    eval_step = jax.jit(step_lib.make_eval_step(trained.model))
-    subject = common.Subject(
-        trained.run, trained.layout, trained.tokenizer, trained.mesh, eval_step, trained.params, together, "validation"
-    )
     nats, tokens, _ = common.score(subject, together)
     return {name: nats[together.owner == k].sum() / tokens[together.owner == k].sum()
             for k, name in enumerate(opened)}  # fmt: skip
@@ -86,13 +82,17 @@ def isolation(folder: Path) -> list[str]:
     trained = workdir.restore(folder)
     opened = {name: common.open_source(mixture.one(trained.run, name), "validation", trained.tokenizer, trained.layout,
                                        RECORDS) for name in MODALITY}  # fmt: skip
-    plain = losses(trained, opened)
+    subject = common.Subject(
+        trained.run, trained.layout, trained.tokenizer, trained.mesh, jax.jit(step_lib.make_eval_step(trained.model)),
+        trained.params, None, "validation",
+    )  # fmt: skip
+    plain = losses(subject, opened)
     lines = ["| media changed | " + " | ".join(f"{m} ({name})" for name, m in MODALITY.items()) + " |",
              "|---|" + "---|" * len(MODALITY),
              "| none: nats a token | " + " | ".join(f"{plain[name]:.3f}" for name in MODALITY) + " |"]  # fmt: skip
     for changed, modality in MODALITY.items():
         for how in ("blanked", "exchanged") if modality != "text" else ():
-            now = losses(trained, opened, changed, how)
+            now = losses(subject, opened, changed, how)
             cells = " | ".join(f"{now[name] - plain[name]:+.4f}" for name in MODALITY)
             lines.append(f"| {modality} {how} | {cells} |")
     return lines
