@@ -11,19 +11,19 @@ from gpt4v_jax import config as config_lib
 def get_config(arg: str = ""):
     config_lib.arguments(arg)
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 1000, 16, 100, 250
+    config.steps, config.batch, config.log_every, config.save_every = 1400, 16, 100, 350
 
     config.model.context = 192
     config.model.embed_norm = True
     config.model.image.update(size=72, patch=12, patch_norm=True)
-    config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.2)
+    config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
 
-    config.data.update(name="emoji", vocab=4000, turns=2, augment=("shift",))
-    config.data.image.items = 3
+    config.data.update(name="emoji", vocab=2000, turns=1, augment=("shift",))
+    config.data.image.items = 4
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
     # Pictures times captions are scored: of 50 pictures in training, of all of a split by gpt4v_jax.evaluate.
-    config.eval.update(evaluators=("questions", "retrieval"), every=250, limit=50)
-    config.eval.update(best="questions/loss", best_mode="min")
+    config.eval.update(evaluators=("questions", "retrieval"), every=700, limit=50)
+    config.eval.best = "retrieval/accuracy"
     return config
