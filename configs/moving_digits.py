@@ -13,16 +13,16 @@ def get_config(arg: str = ""):
     """Arguments: frames=12 (1: the same model sees a single frame, the middle one)."""
     arg = config_lib.arguments(arg, frames="12")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 1200, 22, 100, 300
+    config.steps, config.batch, config.log_every, config.save_every = 1200, 24, 100, 300
 
-    config.model.context = 160  # a clip with its questions
+    config.model.context = 144  # a clip with its questions
     config.model.embed_norm = True
     tubelet = 2 if arg["frames"] == "12" else 1
     config.model.video.update(size=40, patch=10, frames=int(arg["frames"]), tubelet=tubelet, patch_norm=True)
     config.model.backbone.update(depth=4, width=128, heads=4)
 
-    config.data.update(name="moving_digits", vocab=320, turns=8)
-    config.data.video.items = 1 if arg["frames"] == "12" else 2
+    config.data.update(name="moving_digits", vocab=320, turns=2, captions=1)
+    config.data.video.items = 1 if arg["frames"] == "12" else 3
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

@@ -24,7 +24,6 @@ from gpt4v_jax.data.tokenizer import Tokenizer
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.data.windows import Windows
 
-CAPTION_PROMPT = "describe the picture."
 CHUNK = 256  # records read at once
 
 
@@ -220,7 +219,8 @@ class Conversations:
         def turn(kind, question, answer):
             return Turn(kind, question, answer, (chat.Piece("user", encode(question)),), encode(answer))
 
-        captions = [turn("caption", CAPTION_PROMPT, text_of(c)) for c in raw.get("captions", ())]
+        prompt = files.QUESTIONS[found[0].modality] if found else "describe it."
+        captions = [turn("caption", prompt, text_of(c)) for c in raw.get("captions", ())]
         asked = [turn(*q) for q in questions(raw)] if "questions" in raw else []
         return Record(i, tuple(found), tuple(asked), tuple(captions))
 

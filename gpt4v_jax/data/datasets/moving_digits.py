@@ -1,4 +1,4 @@
-"""moving_digits: short grey clips in which digits of MNIST appear and move, with questions about what happens.
+"""moving_digits: short grey clips in which digits of MNIST appear and move, with captions and questions.
 
 Made here, from the files of mnist (see mnist.py). A clip has 12 frames of 40x40 pixels, 8 a second, encoded without
 loss (FFV1 in Matroska). It shows 1 to 3 digits of different classes, 14 to 18 pixels large. Each appears at a frame of
@@ -7,7 +7,7 @@ half of the picture that it comes from, and is gone after 5 to 8 frames, or befo
 frame shows all digits. Of many draws of their places the one is taken in which digits overlap least.
 
 Questions want several frames: which digit moves left (only where exactly one does, and there are others), which way a
-digit moves, how many there are, which came first. `train` has digits of MNIST's training set, `validation` those of the
+digit moves, how many there are, which came first. A caption tells all of it, digit by digit as they appear. `train` has digits of MNIST's training set, `validation` those of the
 first half of its test set and `test` those of the second.
 """
 
@@ -137,19 +137,25 @@ def questions(things: list[Mover]) -> list[dict[str, str]]:
     return [{"kind": kind, "question": question, "answer": str(answer)} for kind, question, answer in found]
 
 
+def caption(things: list[Mover]) -> str:
+    """-> such as "a 7 moves left, then a 3 moves up.\""""
+    return ", then ".join(f"a {t.digit} moves {t.way}" for t in sorted(things, key=lambda thing: thing.start)) + "."
+
+
 def records(pictures: np.ndarray, classes: np.ndarray, split: str, number: int) -> Iterator[dict]:
     """pictures uint8 [n, 28, 28], classes [n]: those that the split may use -> its records; a clip depends on (SEED,
     split, index) alone."""
     for i in range(number):
         things = movers(pictures, classes, np.random.default_rng([SEED, SPLITS.index(split), i]))
-        yield {"video": np.frombuffer(encode(frames(things)), np.uint8), "questions": questions(things)}
+        clip = np.frombuffer(encode(frames(things)), np.uint8)
+        yield {"video": clip, "captions": [caption(things)], "questions": questions(things)}
 
 
 @dataclasses.dataclass
 class MovingDigitsConfig(tfds.core.BuilderConfig):
     """Clips in each split."""
 
-    train: int = 8000
+    train: int = 16_000
     validation: int = 500
     test: int = 1000
 
@@ -157,19 +163,20 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 class MovingDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Clips of moving digits with questions; see the top of this file."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when a record changes: caches are kept by version
+    VERSION = tfds.core.Version("1.1.0")  # raise it when a record changes: caches are kept by version
     code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
-        MovingDigitsConfig(name="default", description="8,000 training clips"),
+        MovingDigitsConfig(name="default", description="16,000 training clips"),
         MovingDigitsConfig(name="small", description="a few clips, for tests", train=40, validation=20, test=20),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
         return self.dataset_info_from_configs(
-            description="Short clips in which digits of MNIST appear and move, with questions.",
+            description="Short clips in which digits of MNIST appear and move, with captions and questions.",
             features=tfds.features.FeaturesDict({
                 "video": tfds.features.Tensor(shape=(None,), dtype=np.uint8, encoding="bytes"),  # a Matroska file
+                "captions": tfds.features.Sequence(text()),
                 "questions": tfds.features.Sequence({"kind": text(), "question": text(), "answer": text()}),
             }),
             disable_shuffling=True,  # record i is clip i
