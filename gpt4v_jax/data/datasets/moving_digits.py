@@ -7,8 +7,8 @@ half of the picture that it comes from, and is gone after 5 to 8 frames, or befo
 frame shows all digits. Of many draws of their places the one is taken in which digits overlap least.
 
 Questions want several frames: which digit moves left (only where exactly one does, and there are others), which way a
-digit moves, how many there are, which came first. A caption tells all of it, digit by digit as they appear. `train` has digits of MNIST's training set, `validation` those of the
-first half of its test set and `test` those of the second.
+digit moves, how many there are, which came first. A caption tells all of it, digit by digit as they appear. `train` has
+digits of MNIST's training set, `validation` those of the first half of its test set and `test` those of the second.
 """
 
 import dataclasses
