@@ -30,18 +30,13 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
-# Metrics that are no share of right answers -> how the table calls them.
-OTHERS = {
-    "loss_a_character": "nats a character", "loss_a_letter": "nats a letter", "wer": "WER", "bleu": "BLEU",
-    "chrf": "chrF",
-}  # fmt: skip
-
-
 def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int | None = None) -> dict[str, dict]:
     """-> {split: {evaluator: Result}}, each also written to the workdir. Empty lists: see the flags."""
     trained = workdir.restore(folder, step)
     run, results = trained.run, {}
     names = [entry.name for entry in mixture.entries(run.data)]
+    for evaluator in evaluators:
+        mixture.one(run, eval_lib.named(evaluator)[1])  # it says so where there is no such data set
     for name in names:
         at = f"@{name}" if len(names) > 1 else ""  # of a mixture each evaluator names its data set
         wanted = [x for x in evaluators or run.eval.evaluators if x.endswith(at)]
@@ -104,7 +99,7 @@ def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
     losses = [f"{result.metrics['loss']:.4f}" if "loss" in result.metrics else "" for result in by_name.values()]
     if any(losses):
         out.add_row("nats a token", "", *losses)
-    for metric, label in OTHERS.items():
+    for metric, label in common.OTHERS.items():
         cells = []
         for result in by_name.values():
             m = result.metrics

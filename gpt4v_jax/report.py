@@ -35,6 +35,8 @@ SHOWN, EXPLAINED = 24, 4  # questions in the grid; and with maps of attention
 FRAMES = 6  # of a clip that are shown
 EVALUATORS = {"questions": "model", "permuted": "permuted pictures", "blank": "blank training",
               "counted": "counted answers"}  # as the page calls them  # fmt: skip
+SCORES = {"wer": "wer", "bleu": "bleu", "retrieval": "accuracy"}  # evaluator -> its main metric
+RECALL = "recall at 1 by likelihood"
 BAR = dict(zip(EVALUATORS, (A, B, D, C), strict=True))
 
 
@@ -131,6 +133,13 @@ def _headline(run, environment, lines, results, trained) -> tuple[str, list[tupl
             loss = by_name["windows"].result.metrics["loss"]
             tiles.append((f"{loss:.3f}", f"loss on {split}, nats a token, all windows"))
             found += f" Its loss on the {split} split is {loss:.3f} nats a token."
+        for name, metric in SCORES.items():
+            if name in by_name and metric in by_name[name].result.metrics:
+                m, label = by_name[name].result.metrics, common.OTHERS.get(metric, RECALL)
+                low, high = (m.get(f"{metric}/{end}", m.get(end)) for end in ("low", "high"))
+                between = f" (95 %: {low:.3f} to {high:.3f})" if low is not None else ""
+                tiles.append((f"{m[metric]:.3f}", f"{label} on {split}{between}"))
+                found += f" Its {label} on the {split} split is {m[metric]:.3f}."
         for name in EVALUATORS if "questions" in by_name else ():
             if name in by_name and (name == "questions" or split == "test"):
                 share, low, high = by_name[name].result.share()
@@ -177,6 +186,10 @@ def _curves(lines: list[dict]) -> str:
         colours = (A, B, D, FAINT)
         named = [(key.split("/")[2], series(key), colours[i % 4]) for i, key in enumerate(kinds)]
         drawn.append(plots.curves("validation questions right, by kind (share)", named, top=1))
+    for name, metric in SCORES.items():
+        if len(series(f"{name}/{metric}")) > 1:
+            label = common.OTHERS.get(metric, RECALL)
+            drawn.append(plots.curves(f"validation, {label}", [("", series(f"{name}/{metric}"), B)]))
     if len(series("tokens_per_second")) > 1:
         drawn.append(plots.curves("tokens a second, mean since the start", [("", series("tokens_per_second"), A)]))
     return f'<div class="charts">{"".join(drawn)}</div>'
@@ -251,13 +264,21 @@ def _answers(trained: workdir.Trained, count: int) -> tuple[str, str]:
     source = common.open_source(trained.run, split, trained.tokenizer, trained.layout)
     records, asked = sources.open_split(trained.run.data, split), sources.Questions(source)
     items = asked.items
-    chosen = np.random.default_rng(0).choice(len(items), min(count, len(items)), replace=False)
-    turns, seen = [items[i][1] for i in chosen], []
-    for record, turn in ((source.records[items[i][0]], items[i][1]) for i in chosen):
-        media = sources.media_of(records[record.number], record.turns.index(turn))
-        seen.append(_seen(media, trained.layout))
-    unanswered = (asked.pieces(0, int(i), answered=False) for i in chosen)
-    prompts = [chat.document(pieces, asked.special, trained.layout) for pieces in unanswered]
+    turns, seen, prompts = [], [], []
+    for i in np.random.default_rng(0).permutation(len(items)):
+        pieces = asked.pieces(0, int(i), answered=False)
+        if len(turns) == count or np.any(np.array(chat.needs(pieces, trained.layout)) > trained.layout.room):
+            continue
+        r, t = asked.asked[i]
+        try:
+            shown = _seen(sources.media_of(records[source.records[r].number], t), trained.layout)
+        except transforms.BadMedium:
+            continue
+        turns.append(items[i][1])
+        seen.append(shown)
+        prompts.append(chat.document(pieces, asked.special, trained.layout))
+    if not turns:
+        raise config.InputError(f"no question of the {split} split of {trained.run.data.name} can be shown")
     longest = max(16, 2 * max(len(turn.answer_ids) for turn in turns))
     answers = decode.generate(trained, prompts, asked.read, longest)
     right = [answer.text == turn.answer for answer, turn in zip(answers, turns, strict=True)]

@@ -121,12 +121,15 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     layout = batch_lib.layout(run.model, run.data)
     source = mixture.train_source(records, run.data, tokenizer, layout, run.seed)
     plan = packing.RowPlan(source.needs, layout, run.seed)
-    held_out = {}
+    held_out, best = {}, []
     for evaluator in run.eval.evaluators:
         name = eval_lib.named(evaluator)[1]
         if name not in held_out:
             held_out[name] = common.open_source(mixture.one(run, name), "validation", tokenizer, layout, run.eval.limit)
         eval_lib.check(evaluator, held_out[name], name or run.data.name)
+        best += [f"{evaluator}/{metric}" for metric in eval_lib.metrics(evaluator, held_out[name])]
+    if run.eval.best:
+        config.one_of("config.eval.best", run.eval.best, tuple(best))
     # A host, or a resumed run, that finds other documents would fill other rows.
     needs, sets = source.needs(0), getattr(source, "parts", [source])
     known = {"documents": len(needs), "plan": f"{zlib.crc32(np.ascontiguousarray(needs)):08x}",
@@ -180,8 +183,6 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
             )  # fmt: skip
             result = eval_lib.run(evaluator, subject)
             results |= {f"{evaluator}/{key}": float(value) for key, value in result.metrics.items()}
-        if run.eval.best:
-            config.one_of("eval.best", run.eval.best, tuple(results))
         return results
 
     return evaluate

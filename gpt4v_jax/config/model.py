@@ -128,9 +128,9 @@ class Image:
         at_least(0, size=self.size, tiles=self.tiles)
         at_least(1, patch=self.patch)
         _check_pixels("image", self)
-        if self.tiles == 1 or self.tiles and self.resize == "native":
-            raise InputError(f"image.tiles={self.tiles} with image.resize={self.resize!r}: 2 tiles or more, and native "
-                             "pictures have none: raise image.size instead")
+        if self.tiles == 1 or self.tiles and self.resize != "square":
+            raise InputError(f"image.tiles={self.tiles} with image.resize={self.resize!r}: 2 tiles or more, of "
+                             "pictures that are resized square; of native ones raise image.size instead")
         if (self.class_token or self.pre_norm) and not self.encoder:
             raise InputError("image.class_token and image.pre_norm are an encoder's: set image.encoder")
         if self.class_token and self.position == "rope":
@@ -181,7 +181,7 @@ class Audio:
 
     bins: int = 0  # of the mel scale: 80 | 128; 0: the model reads no sound
     patch: int = 4
-    seconds: float = 30.0  # longer sounds are dropped
+    seconds: float = 30.0  # longer sounds fit no row: training leaves them out, evaluation counts them as wrong
     center: bool = False  # each bin less its mean over the sound: microphones and voices differ by it
     front: str = "patch"  # patch: one linear map | conv: two convolutions with GELU, the second of stride `patch`
     patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to

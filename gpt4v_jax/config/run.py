@@ -18,8 +18,8 @@ class Budget:
         at_least(0, patches=self.patches)
 
 
-METRICS = ("accuracy", "loss", "loss_a_character", "loss_a_letter", "wer", "bleu", "chrf", "R@1", "R@5",
-           "R@10")  # by which a checkpoint may be the best  # fmt: skip
+METRICS = ("accuracy", "loss", "loss_a_character", "loss_a_letter", "wer", "bleu", "chrf", "plain", "R@1",
+           "R@5", "R@10")  # by which a checkpoint may be the best  # fmt: skip
 AUGMENT = ("shift", "flip", "voice", "mask")
 
 

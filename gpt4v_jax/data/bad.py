@@ -28,5 +28,5 @@ class Bad:
             if len(self.where) > self._share * self._total:
                 raise config.InputError(
                     f"{self._name}: {len(self.where)} of {self._total:,} records cannot be used, which is more than "
-                    f"config.data.bad={self._share:.0%}; the last one is {where}: {why}. Mend the data, or raise it"
+                    f"config.data.bad={self._share:.3g}; the last one is {where}: {why}. Mend the data, or raise it"
                 )

@@ -57,13 +57,14 @@ def document(pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib
         trained.extend([train] * len(ids))
         ar.extend([True] + [not block] * (len(ids) - 1) if ids else [])
 
-    role, train = "", False
+    role, train, first = "", False, 0
     for piece in pieces:
         if piece.role != role:
             if role == "assistant":
                 lay([special["<end>"]], train)
             lay([special[f"<{piece.role}>"]], False)
             role = piece.role
+            first = first or role == "assistant" and len(tokens)
         train = role == "assistant" and piece.trained
         if piece.medium:
             media.append((len(tokens), piece.medium))
@@ -72,8 +73,8 @@ def document(pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib
         else:
             lay(list(piece.ids), train)
     lay([special["<end>" if role == "assistant" else "<assistant>"]], train)
-    if layout.prefix == "media+prompt":
-        first = trained.index(True) if True in trained else len(trained)
+    if layout.prefix == "media+prompt":  # up to the first answer, trained or given: a later question is no prefix
+        first = first or len(tokens)
         ar[1:first] = [False] * (first - 1)
     return shifted(np.array(tokens, np.int32), np.array(trained), np.array(ar), tuple(media))
 

@@ -48,6 +48,8 @@ class File:
             return self.path.read_bytes()
         except OSError as error:
             raise BadMedium(f"{self.path} cannot be read: {error.strerror}") from error
+        except MemoryError as error:
+            raise BadMedium(f"{self.path} cannot be read: it is larger than the memory") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ ENTRY = re.compile(rf"(?P<name>.+?)(?:: *(?:first: *(?P<percent>{NUMBER}) *%|(?P
 class Entry:
     name: str
     weight: float = 1.0  # how often an epoch of the mixture reads it
-    share: float = 1.0  # its first records, so much of them
+    share: float = 1.0  # its first records, so much of them; of a text its beginning
 
 
 def entries(data: config.Data) -> list[Entry]:
@@ -73,11 +73,8 @@ def corpus(data: config.Data):
 def train_source(records: dict, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int):
     parts = []
     for entry in entries(data):
-        one = of(data, entry)
-        if entry.share < 1:
-            count = max(round(entry.share * sources.limit(one, len(records[entry.name]))), 1)
-            one = dataclasses.replace(one, limit=count)
-        parts.append(sources.from_records(records[entry.name], one, tokenizer, layout, seed))
+        made = sources.from_records(records[entry.name], of(data, entry), tokenizer, layout, seed, entry.share)
+        parts.append(made)
     return Mixture(parts, [entry.weight for entry in entries(data)], seed) if data.mixture else parts[0]
 
 

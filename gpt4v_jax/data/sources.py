@@ -332,11 +332,11 @@ class Questions:
         self._media_of, self._records = media_of, conversations.records
         self.layout, self.special = conversations.layout, conversations.special
         self.read = functools.partial(conversations.read, blank=blank)
-        self._asked = [(r, t) for r, record in enumerate(self._records) for t in range(len(record.turns))]
-        self.items = [(r, self._records[r].turns[t]) for r, t in self._asked]
+        self.asked = [(r, t) for r, record in enumerate(self._records) for t in range(len(record.turns))]
+        self.items = [(r, self._records[r].turns[t]) for r, t in self.asked]
 
     def pieces(self, epoch: int, i: int, answered: bool = True) -> list[chat.Piece]:
-        r, t = self._asked[i]
+        r, t = self.asked[i]
         record, other = self._records[r], self._records[self._media_of(r)]
         # A turn of a conversation is asked after those before it, whose answers are given and not scored.
         turns = record.turns[: t + 1] if record.ordered else [record.turns[t]]
@@ -367,12 +367,17 @@ def _texts(records, data: config.Data, bad: Bad):
             yield text_of(record["text"])
 
 
-def from_records(records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
-    """The records of a split -> documents. seed None: for evaluation, in order and not augmented."""
+def from_records(
+    records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None, share: float = 1.0
+):
+    """The records of a split -> documents. seed None: for evaluation, in order and not augmented. share: only so much
+    of the beginning, of the records or of a text's tokens."""
     if not len(records):
         raise config.InputError(f"{data.name} has no record")
     first = next(usable(records, data), {})
     if "text" in first:
         bad = Bad(data.name, len(records), data.bad)
-        return Windows(_texts(records, data, bad), data, tokenizer, layout, seed, bad)
+        return Windows(_texts(records, data, bad), data, tokenizer, layout, seed, bad, share)
+    if share < 1:
+        data = dataclasses.replace(data, limit=max(round(share * limit(data, len(records))), 1))
     return Conversations(records, data, tokenizer, layout, seed)

@@ -17,13 +17,14 @@ class Windows:
     """
 
     def __init__(self, texts, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None,
-                 bad: Bad | None = None):  # fmt: skip
-        """texts: one after the other; between two of them lies `<end>`, where the tokenizer has one."""
+                 bad: Bad | None = None, share: float = 1.0):  # fmt: skip
+        """texts: one after the other; between two of them lies `<end>`, where the tokenizer has one. share: only
+        so much of the beginning."""
         end = [tokenizer.special["<end>"]] if "<end>" in tokenizer.special else []
         ids: list[int] = []
         for number, text in enumerate(texts):
             ids += [*(end if number else []), *tokenizer.encode(text)]
-        self._ids = np.array(ids, np.int32)
+        self._ids = np.array(ids[: round(share * len(ids))], np.int32)
         self.name, self.layout = data.name, layout
         self._T, self._seed = min(data.window or layout.context, layout.context), seed
         self.bad = bad or Bad(data.name, 1, data.bad)

@@ -17,6 +17,7 @@ EVALUATORS = {
     "permuted": questions.permuted,  # the same model with another record's media
     "blanked": questions.blanked,  # the same model with grey pictures and silence
     "counted": questions.counted,  # the most frequent answer to each question's words; no model
+    "answers": language.answers,  # the loss on answers and captions
     "windows": language.windows,  # validation loss of a text
     "wer": generated.wer,  # word error rate of what is written, for speech
     "bleu": generated.bleu,  # BLEU and chrF of what is written, for translation
@@ -38,8 +39,8 @@ def check(evaluator: str, source, data: str) -> None:
         raise config.InputError(f"the data set {data} is no plain text: use the evaluator 'questions'")
     if name != "windows" and not isinstance(source, sources.Conversations):
         raise config.InputError(f"the data set {data} has no questions: use the evaluator 'windows'")
-    if name != "windows" and not any(record.turns for record in source.records):
-        raise config.InputError(f"the data set {data} has captions alone, for which {name!r} does not ask")
+    if name not in ("windows", "answers") and not any(record.turns for record in source.records):
+        raise config.InputError(f"the data set {data} has captions alone, which {name!r} does not ask: use 'answers'")
     if name == "permuted" and sum(bool(record.all_media) for record in source.records) < 2:
         raise config.InputError(f"the evaluator 'permuted' exchanges media, and {data} has none, or one record of them")
     package = {"wer": "jiwer", "bleu": "sacrebleu"}.get(name)
@@ -48,6 +49,20 @@ def check(evaluator: str, source, data: str) -> None:
     if package and jax.process_count() > 1:
         raise config.InputError(f"the evaluator {name!r} writes text, which takes one process: leave it out here, and "
                                 "run gpt4v_jax.evaluate without --distributed afterwards")
+
+
+def metrics(evaluator: str, source) -> tuple[str, ...]:
+    """-> those that an evaluator gives of a source and that a checkpoint can be the best by."""
+    name = named(evaluator)[0]
+    if name == "windows":
+        return ("loss", "loss_a_character", "loss_a_letter")
+    kinds = sorted({turn.kind for record in source.records for turn in record.turns})
+    by_kind = tuple(f"accuracy/{kind}" for kind in kinds)
+    return {
+        "answers": ("loss",), "counted": ("accuracy", *by_kind), "wer": ("wer", "accuracy"),
+        "bleu": ("bleu", "chrf", "accuracy"),
+        "retrieval": ("accuracy", "plain", *(f"R@{k}/{kind}" for kind in kinds for k in retrieval.AT)),
+    }.get(name, ("accuracy", "loss", *by_kind))  # fmt: skip
 
 
 def run(evaluator: str, subject: common.Subject) -> common.Result:

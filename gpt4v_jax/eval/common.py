@@ -15,6 +15,11 @@ from gpt4v_jax.data import pipeline, sources
 from gpt4v_jax.data.tokenizer import Tokenizer
 
 DRAWS = 1000  # of a bootstrap
+# Metrics that are no share of right answers -> how the table calls them.
+OTHERS = {
+    "loss_a_character": "nats a character", "loss_a_letter": "nats a letter", "wer": "WER", "bleu": "BLEU",
+    "chrf": "chrF", "plain": "R@1, plain",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Result:
     def share(self, kind: str = "all") -> tuple[float, float, float]:
         """-> (share right, low and high end of its 95 % interval)."""
         right, asked = self.counts(kind)
+        if kind == "all" and "low" in self.metrics:
+            return right / asked, self.metrics["low"], self.metrics["high"]
         return right / asked if asked else math.nan, *interval(right, asked)
 
 
@@ -92,6 +99,18 @@ def bootstrap(score: Callable[[np.ndarray], float], count: int) -> tuple[float, 
     rng = np.random.default_rng(0)
     drawn = [score(rng.integers(count, size=count)) for _ in range(DRAWS)]
     return tuple(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
+
+
+def by_record(right: np.ndarray, records: np.ndarray) -> dict[str, float]:
+    """right [n] bool of questions, records [n]: whose -> {"low", "high"} of the share right where a record has several
+    questions, whose answers go together: records are drawn, not questions. {} where each has one (`interval`)."""
+    _, index = np.unique(records, return_inverse=True)
+    asked = np.bincount(index)
+    if asked.max(initial=1) == 1:
+        return {}
+    hits = np.bincount(index, right)
+    low, high = bootstrap(lambda at: hits[at].sum() / asked[at].sum(), len(asked))
+    return {"low": low, "high": high}
 
 
 def interval(right: int, asked: int) -> tuple[float, float]:

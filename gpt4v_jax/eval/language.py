@@ -1,8 +1,14 @@
-"""Text: the loss over a whole split."""
+"""The loss over a whole split."""
 
 import numpy as np
 
 from gpt4v_jax.eval import common
+
+
+def answers(subject: common.Subject) -> common.Result:
+    """Nats a token of all answers and captions, in documents as they are trained."""
+    nats, tokens, _ = common.score(subject, subject.source)
+    return common.Result({"loss": nats.sum() / max(tokens.sum(), 1), "tokens": tokens.sum()})
 
 
 def windows(subject: common.Subject) -> common.Result:

@@ -52,7 +52,7 @@ def _by_kind(items, right: np.ndarray, metrics: dict[str, float]) -> common.Resu
     kinds: dict[str, list[bool]] = {}
     for (_, turn), hit in zip(items, right, strict=True):
         kinds.setdefault(turn.kind, []).append(bool(hit))
-    metrics = {"accuracy": right.mean()} | metrics
+    metrics = {"accuracy": right.mean()} | metrics | common.by_record(right, np.array([record for record, _ in items]))
     metrics |= {f"accuracy/{kind}": np.mean(hits) for kind, hits in kinds.items()}
     counts = {kind: (sum(hits), len(hits)) for kind, hits in kinds.items()}
     return common.Result(metrics, counts, tuple(map(bool, right)))

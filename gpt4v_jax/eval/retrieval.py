@@ -16,7 +16,7 @@ class Pairs:
         self.layout, self.special, self.read = conversations.layout, conversations.special, conversations.read
         self._questions = sources.Questions(conversations)
         self._asked = [i for i, (_, turn) in enumerate(self._questions.items) if turn.kind == kind]
-        self.n = len(self._asked)
+        self.n, self.records = len(self._asked), [self._questions.items[i][0] for i in self._asked]
 
     def pieces(self, i: int) -> list[chat.Piece]:
         medium, answer = divmod(i, self.n)
@@ -34,23 +34,27 @@ def recall(subject: common.Subject) -> common.Result:
     """Each record's media against all texts of its kind: the share whose own text is the most likely one.
 
     A text's score is its log-likelihood given the media, less its mean over all media: else texts that are likely
-    anyway win everywhere. "R@5" counts a text among the five best. Texts that are equal are one.
+    anyway win everywhere; "plain" is recall at 1 without that. "R@5" counts a text among the five best. Texts that are
+    equal are one.
     """
-    metrics, kinds, right = {}, {}, []
+    metrics, kinds, right, plain, records = {}, {}, [], [], []
     for kind in sorted({turn.kind for record in subject.source.records for turn in record.turns}):
         pairs = Pairs(subject.source, kind)
         nats, tokens, _ = common.score(subject, pairs)
         scores, there = (-nats).reshape(pairs.n, pairs.n), (tokens > 0).reshape(pairs.n, pairs.n)
         mean = scores.sum(axis=0, where=there) / np.maximum(there.sum(axis=0), 1)
-        scores = np.where(there, scores - mean, -np.inf)
-        ranks = ranked(scores, [pairs.pieces(i)[-1].ids for i in range(pairs.n)])
-        ranks[~np.diag(there)] = np.inf  # one that cannot be read is wrong
+        texts = [pairs.pieces(i)[-1].ids for i in range(pairs.n)]
+        ranks, as_they_are = (ranked(np.where(there, s, -np.inf), texts) for s in (scores - mean, scores))
+        ranks[~np.diag(there)] = as_they_are[~np.diag(there)] = np.inf  # one that cannot be read is wrong
         metrics |= {f"R@{k}/{kind}": float((ranks < k).mean()) for k in AT}
         kinds[kind] = (int((ranks < 1).sum()), pairs.n)
         right += [bool(rank < 1) for rank in ranks]
+        plain += [bool(rank < 1) for rank in as_they_are]
+        records += pairs.records
     if not kinds:
         raise config.InputError(f"{subject.run.data.name} has no questions to tell records apart by")
-    metrics["accuracy"] = float(np.mean(right))
+    metrics |= {"accuracy": float(np.mean(right)), "plain": float(np.mean(plain))}
+    metrics |= common.by_record(np.array(right), np.array(records))
     return common.Result(metrics, kinds, tuple(right))
 
 

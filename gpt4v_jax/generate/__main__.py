@@ -6,8 +6,9 @@ from absl import flags
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
-from gpt4v_jax.data import mixture, sources
+from gpt4v_jax.data import chat, mixture, sources
 from gpt4v_jax.data.transforms import BadMedium
+from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.training import workdir
 
@@ -45,15 +46,17 @@ def main() -> None:
     files = [(name, _read(layout, name, path)) for name, flag in _FILES.items() for path in flag.value]
     trained = workdir.restore(folder, _STEP.value)
     question, truth = _PROMPT.value, None
-    if _RECORD.value:
-        found, asked, answer = _record(trained, _RECORD.value)
-        files += found
-        if question is None:
-            question, truth = asked, answer
-    if question is None:
+    if _RECORD.value and question is None and not files:
+        prompt, read, question, truth = _first_question(trained, *_record(trained, _RECORD.value))
+    elif question is None:
         raise config.InputError("--prompt is missing: what shall the model answer, or go on with?")
-    media, read = decode.attach(trained.layout, files)
-    prompts = [decode.prompt(trained, question, media)] * _SAMPLES.value
+    else:
+        if _RECORD.value:
+            run, split, number = _record(trained, _RECORD.value)
+            files += sources.media_of(sources.open_split(run.data, split)[number])
+        media, read = decode.attach(trained.layout, files)
+        prompt = decode.prompt(trained, question, media)
+    prompts = [prompt] * _SAMPLES.value
     seeds = range(_SEED.value, _SEED.value + _SAMPLES.value)
     answers = decode.generate(trained, prompts, read, _MAX_NEW_TOKENS.value, sampling, seeds, _STOP.value)
     if truth is not None:
@@ -74,19 +77,26 @@ def _read(layout: batch_lib.Layout, modality: str, path: str) -> bytes:
     return data
 
 
-def _record(trained: workdir.Trained, name: str):
-    """"test:0", or "fsdd/test:0" -> (its files, its first question, the answer)."""
+def _record(trained: workdir.Trained, name: str) -> tuple[config.Config, str, int]:
+    """"test:0", or "fsdd/test:0" -> (the run on that data set, the split, the record's number)."""
     source, number = name.rpartition(":")[::2]
     data_set, _, split = source.rpartition("/")
     run = mixture.one(trained.run, data_set)
-    records = sources.open_split(run.data, split)
-    if not number.isdigit() or int(number) >= len(records):
-        raise config.InputError(f"--record={name} must be {source}:0 to {source}:{len(records) - 1}")
-    record = records[int(number)]
-    if "questions" not in record and "turns" not in record:
-        raise config.InputError(f"--record={name}: {run.data.name} holds no questions; use --prompt")
-    _, question, answer = sources.asked(record)[0]
-    return sources.media_of(record), question, answer
+    count = len(sources.open_split(run.data, split))
+    if not number.isdigit() or int(number) >= count:
+        raise config.InputError(f"--record={name} must be {source}:0 to {source}:{count - 1}")
+    return run, split, int(number)
+
+
+def _first_question(trained: workdir.Trained, run: config.Config, split: str, number: int):
+    """-> (the first question of a record as evaluation asks it, what reads its media, its text, the true answer)."""
+    source = common.open_source(run, split, trained.tokenizer, trained.layout, limit=number + 1)
+    asked = sources.Questions(source) if isinstance(source, sources.Conversations) else None
+    for i, (r, turn) in enumerate(asked.items if asked else ()):
+        if source.records[r].number == number:
+            prompt = chat.document(asked.pieces(0, i, answered=False), asked.special, trained.layout)
+            return prompt, asked.read, turn.question, turn.answer
+    raise config.InputError(f"record {number} of {run.data.name} holds no question; use --prompt")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ def attach(layout: batch_lib.Layout, files: Sequence[tuple[str, bytes]]) -> tupl
         if not layout.reads(modality):
             raise config.InputError(f"this model reads no {modality}: leave it out")
     shapes = [media_lib.shape(m, lambda data=data: data, layout) for m, data in files]
+    for (modality, _), shape in zip(files, shapes, strict=True):
+        if modality == "audio" and shape[0] > layout.audio.seconds * 100:
+            raise media_lib.BadMedium(f"a sound longer than model.audio.seconds={layout.audio.seconds}: cut it")
     found = tuple(chat.Medium(m, i, shape) for i, ((m, _), shape) in enumerate(zip(files, shapes, strict=True)))
     # Now, for packing leaves out a document with a medium that turns out to be bad.
     patches = [media_lib.patches(m.modality, files[m.key][1], m.shape, layout) for m in found]

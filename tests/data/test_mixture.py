@@ -11,6 +11,7 @@ import pytest
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, mixture, packing, pipeline, sources
+from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.data.mixture import Entry
 from gpt4v_jax.data.windows import Windows
 from tests import tiny
@@ -170,18 +171,28 @@ def test_a_share_of_the_records(monkeypatch):
     """first:10% are the first ones, also of what data.limit leaves; at least one."""
     made = {}
 
-    def from_records(records, one, *_):
+    def conversations(records, one, *_):
         made[one.name] = one.limit
         return Part(0, 4)
 
-    monkeypatch.setattr(sources, "from_records", from_records)
-    records = {name: [0] * 100 for name in "abcd"}
+    monkeypatch.setattr(sources, "Conversations", conversations)
+    records = {name: [{"questions": []}] * 100 for name in "abcd"}
     asked = data("a: first:10%", "b: 2", "c: first:0.1%", "d: first:50%")
     mixture.train_source(records, asked, None, LAYOUT, 0)
     assert made == {"a": 10, "b": 0, "c": 1, "d": 50}
     made.clear()
     mixture.train_source(records, dataclasses.replace(asked, limit=20), None, LAYOUT, 0)
     assert made == {"a": 2, "b": 20, "c": 1, "d": 10}
+
+
+def test_a_share_of_a_text():
+    """Its beginning: a text is one record."""
+    made = tokenizer_lib.train("byte", [], 0)
+    text = "".join(chr(97 + i % 26) for i in range(50 * LAYOUT.context))
+    here, one = [{"text": text}], config.Data(name="a")
+    whole, tenth = (sources.from_records(here, one, made, LAYOUT, 0, share) for share in (1, 0.1))
+    assert len(tenth.needs(0)) in (4, 5) and len(whole.needs(0)) in (49, 50)
+    assert made.decode(tenth.document(0, 0).tokens) in text[: 5 * LAYOUT.context]
 
 
 def stream(start, stop, threads=0, share=None):

@@ -73,7 +73,7 @@ TEXTS = [f"text {i}" for i in range(12)]
 def test_where_its_own_text_is_best(monkeypatch):
     found = recall(monkeypatch, subject(TEXTS, ["x", "y"]), lambda n: 1 - np.eye(n))
     all_right = {f"R@{k}/{kind}": 1.0 for kind in ("caption", "name") for k in (1, 5, 10)}
-    assert found.metrics == all_right | {"accuracy": 1.0}
+    assert found.metrics == all_right | {"accuracy": 1.0, "plain": 1.0}
     assert found.kinds == {"caption": (12, 12), "name": (2, 2)} and found.right == (True,) * 14
 
 
@@ -85,7 +85,7 @@ def test_where_its_own_text_is_worst(monkeypatch):
 def test_a_text_that_is_likely_anyway_does_not_win(monkeypatch):
     """Text 0 is the likeliest beside every picture; each is yet likelier beside its own than elsewhere."""
     found = recall(monkeypatch, subject(TEXTS), lambda n: 5 + np.arange(n) * 3.0 - np.eye(n))
-    assert found.metrics["R@1/caption"] == 1
+    assert found.metrics["R@1/caption"] == 1 and found.metrics["plain"] == 1 / 12
 
 
 def test_where_all_scores_are_equal(monkeypatch):
