@@ -1,10 +1,12 @@
 """moving_digits: short grey clips in which digits of MNIST appear and move, with captions and questions.
 
 Made here, from the files of mnist (see mnist.py). A clip has 12 frames of 40x40 pixels, 8 a second, encoded without
-loss (FFV1 in Matroska). It shows 1 to 3 digits of different classes, 14 to 18 pixels large. Each appears at a frame of
-its own, at least 2 frames from the others, moves straight left, right, up or down at 1.5 to 3 pixels a frame, from the
+loss (FFV1 in Matroska). It shows 1 to 3 digits of different classes, each in a box of 20x20 pixels. Each appears at an
+even frame of its own, at a multiple of 10 pixels, moves straight left, right, up or down at 5 pixels a frame, from the
 half of the picture that it comes from, and is gone after 5 to 8 frames, or before, when it leaves the picture: often no
-frame shows all digits. Of many draws of their places the one is taken in which digits overlap least.
+frame shows all digits. So patches of 10 pixels and two frames cut every digit in the same way, which a small
+transformer without convolutions needs to tell digits apart within minutes. Of many draws of their places the one is
+taken in which digits overlap least.
 
 Questions want several frames: which digit moves left (only where exactly one does, and there are others), which way a
 digit moves, how many there are, which came first. A caption tells all of it, digit by digit as they appear. `train` has
@@ -24,9 +26,9 @@ from PIL import Image
 from gpt4v_jax.data.datasets import mnist, raw
 
 FRAMES, SIDE, RATE = 12, 40, 8  # frames of SIDE x SIDE pixels, RATE a second
-SIZES = (14, 18)  # pixels: the longer side of a digit's ink
-SPEEDS = (1.5, 3.0)  # pixels a frame
-GAP, LAST = 2, 7  # frames between two digits that appear, at least; the last frame at which one may
+BOX, SIZES = 20, (16, 20)  # pixels: of a digit's box; the longer side of its ink
+CELL, SPEED = 10, 5  # pixels: digits appear at multiples of the one, and move at the other a frame
+STARTS = (0, 2, 4, 6)  # frames at which digits appear
 STAYS = (5, 8)  # frames
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
 DRAWS = 200  # of places, for one clip
@@ -41,42 +43,35 @@ class Mover(NamedTuple):
     way: str  # of WAYS
     start: int  # the frame at which it appears
     end: int  # the frame at which it is gone
-    ink: np.ndarray  # uint8 [height, width], without margin
+    ink: np.ndarray  # uint8 [BOX, BOX]
     corners: np.ndarray  # int [FRAMES, 2]: its upper left (y, x), pixels
 
 
 def ink(picture: np.ndarray, size: int) -> np.ndarray:
-    """picture: uint8 [28, 28] -> its ink alone, resized so that the longer side has `size` pixels."""
+    """picture: uint8 [28, 28] -> uint8 [BOX, BOX]: its ink in the middle, the longer side `size` pixels."""
     rows, columns = (np.flatnonzero(picture.any(axis)) for axis in (1, 0))
     cut = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = (max(1, round(side * size / max(cut.shape))) for side in cut.shape)
-    return np.asarray(Image.fromarray(cut).resize((width, height), Image.Resampling.BILINEAR))
+    box, top, left = np.zeros((BOX, BOX), np.uint8), (BOX - height) // 2, (BOX - width) // 2
+    resized = Image.fromarray(cut).resize((width, height), Image.Resampling.BILINEAR)
+    box[top : top + height, left : left + width] = resized
+    return box
 
 
-def starts(number: int, rng: np.random.Generator) -> np.ndarray:
-    """-> a frame for each of `number` digits, in random order, at least GAP apart."""
-    # As many frames without gaps, then the gaps between them.
-    free = np.sort(rng.choice(LAST + 1 - (number - 1) * (GAP - 1), number, replace=False))
-    return rng.permutation(free + np.arange(number) * (GAP - 1))
-
-
-def paths(sizes: np.ndarray, ways: list[str], begin: np.ndarray, end: np.ndarray, rng: np.random.Generator):
-    """sizes [n, 2]: heights and widths; ways [n]; begin, end [n]: the frames at which they appear and are gone
-    -> upper left corners int [n, FRAMES, 2]."""
-    n = len(sizes)
-    speed = np.array([WAYS[way] for way in ways]) * rng.uniform(*SPEEDS, (DRAWS, n, 1))  # [DRAWS, n, 2]
-    room = SIDE - sizes
-    place = rng.uniform(0, 1, (DRAWS, n, 2))
+def paths(ways: list[str], begin: np.ndarray, end: np.ndarray, rng: np.random.Generator):
+    """ways, begin, end [n]: frames at which they appear and are gone -> upper left corners int [n, FRAMES, 2]."""
+    n, room = len(ways), SIDE - BOX
+    speed = np.array([WAYS[way] for way in ways]) * SPEED  # [n, 2]
+    place, half = (rng.integers(0, high // CELL + 1, (DRAWS, n, 2)) * CELL for high in (room, room // 2))
     # Along its way a digit starts in the first half of the room.
-    place = np.where(speed > 0, place / 2, np.where(speed < 0, 1 - place / 2, place)) * room
+    place = np.where(speed > 0, half, np.where(speed < 0, room - half, place))
     age = np.arange(FRAMES) - begin[:, None]  # [n, FRAMES]
     shown = (age >= 0) & (np.arange(FRAMES) < end[:, None])
-    corners = np.rint(place[:, :, None] + speed[:, :, None] * age[..., None]).astype(int)  # [DRAWS, n, FRAMES, 2]
+    corners = place[:, :, None] + speed[:, None] * age[..., None]  # [DRAWS, n, FRAMES, 2]
     overlap = np.zeros(DRAWS)
     for i in range(n):
         for j in range(i):
-            low = np.maximum(corners[:, i], corners[:, j])
-            high = np.minimum(corners[:, i] + sizes[i], corners[:, j] + sizes[j])
+            low, high = np.maximum(corners[:, i], corners[:, j]), np.minimum(corners[:, i], corners[:, j]) + BOX
             overlap += (np.maximum(high - low, 0).prod(-1) * (shown[i] & shown[j])).sum(-1)
     return corners[overlap.argmin()]
 
@@ -88,9 +83,9 @@ def movers(pictures: np.ndarray, classes: np.ndarray, rng: np.random.Generator) 
     inks = [ink(pictures[rng.choice(np.flatnonzero(classes == d))], rng.integers(SIZES[0], SIZES[1] + 1))
             for d in digits]
     ways = [str(way) for way in rng.choice(list(WAYS), number)]
-    begin = starts(number, rng)
+    begin = rng.permutation(STARTS)[:number]
     end = np.minimum(begin + rng.integers(STAYS[0], STAYS[1] + 1, number), FRAMES)
-    corners = paths(np.array([i.shape for i in inks]), ways, begin, end, rng)
+    corners = paths(ways, begin, end, rng)
     return list(map(Mover, digits.tolist(), ways, begin.tolist(), end.tolist(), inks, corners))
 
 
@@ -99,10 +94,9 @@ def frames(things: list[Mover]) -> np.ndarray:
     margin = 2 * SIDE  # what is beyond the picture is drawn, too, and cut off at the end
     canvas = np.zeros((FRAMES, SIDE + 2 * margin, SIDE + 2 * margin), np.uint8)
     for thing in things:
-        height, width = thing.ink.shape
         for t in range(thing.start, thing.end):
             y, x = thing.corners[t] + margin
-            part = canvas[t, y : y + height, x : x + width]
+            part = canvas[t, y : y + BOX, x : x + BOX]
             np.maximum(part, thing.ink, out=part)
     return canvas[:, margin:-margin, margin:-margin]
 
@@ -163,7 +157,7 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 class MovingDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Clips of moving digits with questions; see the top of this file."""
 
-    VERSION = tfds.core.Version("1.1.0")  # raise it when a record changes: caches are kept by version
+    VERSION = tfds.core.Version("1.2.0")  # raise it when a record changes: caches are kept by version
     code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         MovingDigitsConfig(name="default", description="16,000 training clips"),
