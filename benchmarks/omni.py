@@ -125,9 +125,10 @@ def page(runs: Path) -> str:
         "", *lines, "", f"Together: {modalities.made(runs / JOINT)}.", "",
         "## Whose media an answer reads", "",
         f"The joint model, {RECORDS} validation records of each data set and the validation text, packed into the same",
-        "rows: by how many nats a token the loss on each data set's answers rises when the media of one are made grey or",
-        "silent, or exchanged with those of another record. Each question is a document with one medium, and documents do",
-        "not see each other: what is off the diagonal checks the packing, not what the model has learnt.", "", *isolation(runs / JOINT),
+        "rows: by how many nats a token the loss on each data set's answers rises when the media of one are made grey",
+        "or silent, or exchanged with those of another record. Each question is a document with one medium, and",
+        "documents do not see each other: what is off the diagonal checks the packing, not what the model has learnt.",
+        "", *isolation(runs / JOINT),
     ]) + "\n"  # fmt: skip
 
 
