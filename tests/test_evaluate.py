@@ -159,9 +159,25 @@ def test_interval(right, asked, low, high):
     assert common.interval(right, asked) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_the_interval_of_questions_that_go_together():
+    """One a record is as ever; three equal ones count as one; where all are right there is nothing to count by."""
+    rng = np.random.default_rng(0)
+    right, alone = rng.random(200) < 0.7, np.arange(200)
+
+    def ends(*arrays):
+        return tuple(common.by_record(*arrays)[end] for end in ("low", "high"))
+
+    assert ends(right, alone) == pytest.approx(common.interval(right.sum(), 200))
+    assert ends(np.repeat(right, 3), np.repeat(alone, 3)) == pytest.approx(common.interval(right.sum(), 200))
+    assert ends(np.ones(9, bool), np.arange(9) // 3) == common.interval(9, 9)
+    many = [ends(rng.random(600) < 0.5, np.arange(600) // 3) for _ in range(200)]
+    assert 0.92 < np.mean([low < 0.5 < high for low, high in many]) < 0.99
+
+
 @pytest.mark.parametrize("argument, message", [
     ("--split=tset", ["'tset'", "'test'"]),
     ("--evaluator=question", ["'question'", "'questions'"]),
+    ("--evaluator=questions@easyvqa", ["'easyvqa'", "digits_world"]),
     ("--step=3", ["3", "checkpoint"]),
 ])  # fmt: skip
 def test_names_that_do_not_exist(argument, message, folder, capsys):

@@ -175,6 +175,8 @@ def ran(capsys, *args) -> str:
     ("--config.data.blank=('imaeg',)", ["config.data", "'imaeg'", "'image'"]),
     ("--config.eval.best=question/accuracy", ["config.eval", "best='question'", "'questions'"]),
     ("--config.eval.best=questions/acuracy", ["config.eval", "best='acuracy'", "'accuracy'"]),
+    ("--config.eval.best=questions/accuracy/whta", ["config.eval.best='questions/accuracy/whta'", "accuracy/what"]),
+    ("--config.eval.best=questions/bleu", ["config.eval.best='questions/bleu'", "questions/accuracy"]),
     ("--config.eval.evaluators=()", ["needs the evaluator 'questions'"]),
     ("--config.eval.evaluators=('questions','windows')", ["no plain text", "'questions'"]),
     ("--config.batch=0", ["batch=0 must be 1 or more"]),

@@ -182,7 +182,7 @@ class Audio:
     bins: int = 0  # of the mel scale: 80 | 128; 0: the model reads no sound
     patch: int = 4
     seconds: float = 30.0  # longer sounds fit no row: training leaves them out, evaluation counts them as wrong
-    center: bool = False  # each bin less its mean over the sound: microphones and voices differ by it
+    center: bool = False  # each bin less its mean over the loud frames: microphones and voices differ by it
     front: str = "patch"  # patch: one linear map | conv: two convolutions with GELU, the second of stride `patch`
     patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to
     position: str = "sinusoid"  # added to the patches | rope: of the encoder | none

@@ -10,6 +10,7 @@ from gpt4v_jax.data import clip, sound, transforms
 
 SILENCE = -1.5  # what sound.log_mel makes of a sound of zeros
 GREY = 128
+LOUD = 1.0  # of log-mel: 40 dB; frames so far below the loudest are pauses
 SHIFT = 1 / 14  # of a side, at most, that `shift` moves a picture (two pixels of MNIST's 28)
 
 
@@ -90,9 +91,10 @@ def _sound(data: bytes, frames: int, layout: batch_lib.Layout, augment, rng) -> 
         raise transforms.BadMedium(f"a sound of {len(mel)} mel frames, its header says {frames}")
     if "mask" in augment:
         mel = sound.augment_mel(mel, rng)
+    loud = np.flatnonzero(mel.max(axis=1) >= mel.max() - LOUD)
     mel = np.pad(mel, [(0, -frames % c.patch), (0, 0)], constant_values=mel.min())
     if c.center:
-        mel -= mel[:frames].mean(axis=0)
+        mel -= mel[loud].mean(axis=0)
     return mel.reshape(-1, c.values)
 
 

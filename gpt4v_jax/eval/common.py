@@ -102,18 +102,17 @@ def bootstrap(score: Callable[[np.ndarray], float], count: int) -> tuple[float, 
 
 
 def by_record(right: np.ndarray, records: np.ndarray) -> dict[str, float]:
-    """right [n] bool of questions, records [n]: whose -> {"low", "high"} of the share right where a record has several
-    questions, whose answers go together: records are drawn, not questions. {} where each has one (`interval`)."""
+    """right [n] bool of questions, records [n]: whose -> {"low", "high"} of the share right. The questions of a record
+    go together: they count as fewer, by the design effect of a ratio of clusters (Kish 1965), at least 1."""
     _, index = np.unique(records, return_inverse=True)
-    asked = np.bincount(index)
-    if asked.max(initial=1) == 1:
-        return {}
-    hits = np.bincount(index, right)
-    low, high = bootstrap(lambda at: hits[at].sum() / asked[at].sum(), len(asked))
+    asked, hits, p = np.bincount(index), np.bincount(index, right), right.mean()
+    alone = p * (1 - p) * len(right)
+    effect = max(((hits - p * asked) ** 2).sum() / alone, 1.0) if alone else 1.0
+    low, high = interval(right.sum() / effect, len(right) / effect)
     return {"low": low, "high": high}
 
 
-def interval(right: int, asked: int) -> tuple[float, float]:
+def interval(right: float, asked: float) -> tuple[float, float]:
     """95 % score interval of a share (Wilson 1927)."""
     if not asked:
         return 0.0, 1.0

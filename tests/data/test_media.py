@@ -142,9 +142,19 @@ def test_sounds(samples, frames):
 
 
 def test_centred_sounds():
-    """Each bin less its mean over the frames, of which those that only fill a patch up are none; silence is 0."""
-    data, centred = encoded(wave()[:1120] * np.linspace(0.1, 1, 1120)), layout(audio={"center": True})
-    ((values, _),) = read("audio", data, centred)
+    """Each bin less its mean over the frames, of which pauses and those that only fill a patch up are none; silence is
+    0."""
+    centred = layout(audio={"center": True})
+    quiet = np.where(np.arange(1120) < 640, 0.003, 1)  # 50 dB
+    means = {}
+    for pause in (True, False):
+        data = encoded(wave()[:1120] * (quiet if pause else 1))
+        ((values, _),) = read("audio", data, centred)
+        mel = sound.log_mel(sound.decode(data), 3)
+        means[pause] = (mel - values.reshape(-1, 3)[: len(mel)]).mean(axis=0)
+        of = mel[mel.max(axis=1) > mel.max() - 1] if pause else mel
+        assert len(of) == (4 if pause else 7)
+        np.testing.assert_allclose(means[pause], of.mean(axis=0), atol=1e-5)
     mel = sound.log_mel(sound.decode(data), 3)
     np.testing.assert_allclose(values.reshape(-1, 3)[: len(mel)], mel - mel.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(values.reshape(-1, 3)[len(mel) :], (mel.min() - mel.mean(axis=0))[None], atol=1e-6)

@@ -49,10 +49,20 @@ def test_bleu_and_chrf_are_sacrebleu_s():
     assert scored(generated.bleu, [""] * 6, TRUTH).metrics["bleu"] == 0
 
 
-@pytest.mark.parametrize("name", ["wer", "bleu", "chrf"])
-def test_intervals(name, caplog):
+@pytest.mark.parametrize("said", [SAID, REVERSED, ["cat the", "grass a", "birds", "", "sun", "book"], ["x"] * 6, TRUTH])
+def test_bleu_of_the_counts_is_the_corpus_s(said):
+    """Also where no four words in a row are right, and sacrebleu smooths."""
+    metric = sacrebleu.metrics.BLEU(effective_order=True)
+    counts = np.array([generated._counts(metric.sentence_score(s, [t])) for s, t in zip(said, TRUTH, strict=True)])
+    for at in (range(6), [0, 2], [1, 1, 4, 5], [2]):
+        expected = sacrebleu.corpus_bleu([said[i] for i in at], [[TRUTH[i] for i in at]]).score
+        assert generated._bleu(counts[list(at)].sum(0)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("evaluator, name", [(generated.wer, "wer"), (generated.bleu, "bleu")])
+def test_intervals(evaluator, name, caplog):
     """They contain the value, shrink with more sentences, and are the same each time."""
-    widths, evaluator = [], generated.wer if name == "wer" else generated.bleu
+    widths = []
     for times in (1, 4, 16):
         m = scored(evaluator, SAID * times, TRUTH * times).metrics
         assert m[f"{name}/low"] < m[name] < m[f"{name}/high"]
