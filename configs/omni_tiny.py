@@ -14,7 +14,7 @@ Measured: not yet.
 from gpt4v_jax import config as config_lib
 
 # How often an epoch reads each: about as many positions of each.
-MIXTURE = {"poetry/songci": 1.15, "easyvqa": 0.7, "moving_digits": 0.32, "fsdd/george": 1.5}
+MIXTURE = {"poetry/songci": 1.3, "easyvqa": 1.0, "moving_digits": 0.075, "fsdd/george": 1.45}
 # Steps of one row, alone, that read as many positions of a data set as 2,000 steps of four rows of all of them.
 ALONE = {"poetry/songci": 1520, "easyvqa": 2120, "moving_digits": 2320, "fsdd/george": 1930}
 EVALUATORS = {"poetry/songci": ("windows",), "easyvqa": ("questions", "permuted"),
@@ -38,9 +38,9 @@ def get_config(arg: str = ""):
     config.model.audio.update(bins=80, patch=4, seconds=6.0, center=True, patch_norm=True)
 
     config.data.mixture = tuple(f"{name}: {MIXTURE[name]}" for name in names)
-    config.data.update(vocab=4000, turns=6, window=64, augment=("shift", "voice", "mask"))
+    config.data.update(vocab=4000, turns=4, captions=1, window=64, augment=("shift", "voice", "mask"))
     share = 4 // rows  # of a row is one data set's
-    config.data.image.items = 2 * share
+    config.data.image.items = 3 * share
     config.data.video.items = 2 * share
     config.data.audio.update(items=10 * share, patches=208 * share)
 
