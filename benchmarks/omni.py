@@ -14,7 +14,7 @@ from absl import flags
 
 from benchmarks import modalities
 from gpt4v_jax import command
-from gpt4v_jax.data import chat, mixture, sources
+from gpt4v_jax.data import chat, mixture, packing, sources
 from gpt4v_jax.eval import common
 from gpt4v_jax.training import step as step_lib
 from gpt4v_jax.training import workdir
@@ -77,9 +77,8 @@ def losses(subject: common.Subject, opened: dict, changed: str = "", how: str = 
             for k, name in enumerate(opened)}  # fmt: skip
 
 
-def isolation(folder: Path) -> list[str]:
+def isolation(trained: workdir.Trained) -> list[str]:
     """-> a table: by how many nats a token each change of media raises the loss on each data set's answers."""
-    trained = workdir.restore(folder)
     opened = {name: common.open_source(mixture.one(trained.run, name), "validation", trained.tokenizer, trained.layout,
                                        RECORDS) for name in MODALITY}  # fmt: skip
     subject = common.Subject(
@@ -98,6 +97,15 @@ def isolation(folder: Path) -> list[str]:
     return lines
 
 
+def filled(trained: workdir.Trained) -> str:
+    """-> which share of its rows' positions and patches the first epoch of a run uses."""
+    run, layout = trained.run, trained.layout
+    source = mixture.train_source(mixture.open_train(run.data), run.data, trained.tokenizer, layout, run.seed)
+    needs = source.needs(0)
+    used = packing.used(needs, layout, packing.plan_epoch(needs, layout, run.seed, epoch=0))
+    return ", ".join(f"{share:.1%} of {name}" for name, share in used.items())
+
+
 def tokens(folder: Path, name: str) -> float:
     """-> positions of a data set that a run was trained on."""
     if not (folder / "metrics.jsonl").is_file():
@@ -107,6 +115,7 @@ def tokens(folder: Path, name: str) -> float:
 
 
 def page(runs: Path) -> str:
+    trained = workdir.restore(runs / JOINT)
     lines = ["| modality | data set | metric | together | alone | positions together, alone | alone: run |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, modality in MODALITY.items():
@@ -122,13 +131,13 @@ def page(runs: Path) -> str:
         "configs/omni_tiny.py, one seed, on a CPU; written by `python -m benchmarks.omni`. The same model and the same",
         "number of positions of each data set in both columns: what joint training costs or gives. Intervals are 95 %.",
         "The joint loss is a mean over all trained tokens of a batch, and most of them are the text's.",
-        "", *lines, "", f"Together: {modalities.made(runs / JOINT)}.", "",
+        "", *lines, "", f"Together: {modalities.made(runs / JOINT)}. Its rows use {filled(trained)}.", "",
         "## Whose media an answer reads", "",
         f"The joint model, {RECORDS} validation records of each data set and the validation text, packed into the same",
         "rows: by how many nats a token the loss on each data set's answers rises when the media of one are made grey",
         "or silent, or exchanged with those of another record. Each question is a document with one medium, and",
         "documents do not see each other: what is off the diagonal checks the packing, not what the model has learnt.",
-        "", *isolation(runs / JOINT),
+        "", *isolation(trained),
     ]) + "\n"  # fmt: skip
 
 
