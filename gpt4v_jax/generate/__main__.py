@@ -1,5 +1,6 @@
 """python -m gpt4v_jax.generate --workdir runs/digits_world --image scene.png --prompt "what digit is the red one?" """
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -8,7 +9,6 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
 from gpt4v_jax.data import chat, mixture, sources
 from gpt4v_jax.data.transforms import BadMedium
-from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.training import workdir
 
@@ -90,7 +90,8 @@ def _record(trained: workdir.Trained, name: str) -> tuple[config.Config, str, in
 
 def _first_question(trained: workdir.Trained, run: config.Config, split: str, number: int):
     """-> (the first question of a record as evaluation asks it, what reads its media, its text, the true answer)."""
-    source = common.open_source(run, split, trained.tokenizer, trained.layout, limit=number + 1)
+    data = dataclasses.replace(run.data, limit=number + 1)
+    source = sources.from_records(sources.open_split(data, split), data, trained.tokenizer, trained.layout, seed=None)
     asked = sources.Questions(source) if isinstance(source, sources.Conversations) else None
     for i, (r, turn) in enumerate(asked.items if asked else ()):
         if source.records[r].number == number:
