@@ -2,7 +2,8 @@
 
 python -m gpt4v_jax.train --config configs/emoji.py --workdir runs/emoji
 
-Measured: not yet.
+Measured: recall at 1 0.074 (0.050 to 0.101) among 176 test pictures, in 20.9 minutes on one core of two, at 4f64968; a
+neighbour by colour has 0.163: docs/results/modalities.md
 """
 
 from gpt4v_jax import config as config_lib
