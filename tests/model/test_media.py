@@ -221,7 +221,8 @@ def test_native_pictures_and_tiles_take_what_their_shape_asks_for():
     ({"axes": 3, "media": True, "head_dim": 4}, "head_dim=4 must be 6 or more"),
     ({"image": {"position": "rope"}}, "image.position='rope' is an encoder's"),
     ({"image": {"tiles": 1}}, "image.tiles=1"),
-    ({"image": {"tiles": 2, "resize": "native"}}, "native pictures have none"),
+    ({"image": {"tiles": 2, "resize": "native"}}, "tiles=2 with image.resize='native': .* raise image.size instead"),
+    ({"image": {"tiles": 2, "resize": "pad"}}, "tiles=2 with image.resize='pad': .* resized square"),
     ({"media": True, "audio": {"front": "conv1d"}}, "front='conv1d' is none of patch, conv .did you mean 'conv'"),
     ({"media": True, "video": {"size": 5}}, "video.size=5 is not a multiple of video.patch=2"),
 ])  # fmt: skip
