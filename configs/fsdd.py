@@ -14,11 +14,11 @@ def get_config(arg: str = ""):
     """Arguments: speaker, who is held out."""
     arg = config_lib.arguments(arg, speaker="george")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 1200, 16, 100, 300
+    config.steps, config.batch, config.log_every, config.save_every = 1500, 16, 100, 300
 
     config.model.context = 160
     config.model.embed_norm = True
-    config.model.audio.update(bins=80, patch=4, seconds=6.0, center=4, patch_norm=True)  # 40 ms a position
+    config.model.audio.update(bins=80, patch=4, seconds=6.0, center=80, patch_norm=True)  # 40 ms a position
     config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
 
     config.data.update(name=f"fsdd/{arg['speaker']}", vocab=300, augment=("voice", "mask"))
