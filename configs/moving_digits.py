@@ -17,10 +17,10 @@ def get_config(arg: str = ""):
     config = config_lib.default()
     config.steps, config.batch, config.log_every, config.save_every = 1800, 24, 100, 300
 
-    config.model.context = 144  # a clip with its questions
+    config.model.context = 104  # a clip with its questions
     config.model.embed_norm = True
     tubelet = 2 if arg["frames"] == "12" else 1
-    config.model.video.update(size=40, patch=10, frames=int(arg["frames"]), tubelet=tubelet, patch_norm=True)
+    config.model.video.update(size=60, patch=20, frames=int(arg["frames"]), tubelet=tubelet, patch_norm=True)
     config.model.backbone.update(depth=4, width=128, heads=4)
 
     config.data.update(name="moving_digits", vocab=320, turns=2, captions=1)

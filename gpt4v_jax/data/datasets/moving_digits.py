@@ -1,12 +1,12 @@
 """moving_digits: short grey clips in which digits of MNIST appear and move, with captions and questions.
 
-Made here, from the files of mnist (see mnist.py). A clip has 12 frames of 40x40 pixels, 8 a second, encoded without
+Made here, from the files of mnist (see mnist.py). A clip has 12 frames of 60x60 pixels, 8 a second, encoded without
 loss (FFV1 in Matroska). It shows 1 to 3 digits of different classes, each in a box of 20x20 pixels. Each appears at an
-even frame of its own, at a multiple of 10 pixels, moves straight left, right, up or down at 5 pixels a frame, from the
+even frame of its own, at a multiple of 20 pixels, moves straight left, right, up or down at 10 pixels a frame, from the
 half of the picture that it comes from, and is gone after 5 to 8 frames, or before, when it leaves the picture: often no
-frame shows all digits. So patches of 10 pixels and two frames cut every digit in the same way, which a small
-transformer without convolutions needs to tell digits apart within minutes. Of many draws of their places the one is
-taken in which digits overlap least.
+frame shows all digits. So a patch of 20 pixels and two frames holds a whole digit, and in its second half which way it
+leaves: a small transformer without convolutions needs that to learn, within minutes, which digit moves which way. Of
+many draws of their places the one is taken in which digits overlap least.
 
 Questions want several frames: which digit moves left (only where exactly one does, and there are others), which way a
 digit moves, how many there are, which came first. A caption tells all of it, digit by digit as they appear. `train` has
@@ -25,9 +25,9 @@ from PIL import Image
 
 from gpt4v_jax.data.datasets import mnist, raw
 
-FRAMES, SIDE, RATE = 12, 40, 8  # frames of SIDE x SIDE pixels, RATE a second
+FRAMES, SIDE, RATE = 12, 60, 8  # frames of SIDE x SIDE pixels, RATE a second
 BOX, SIZES = 20, (16, 20)  # pixels: of a digit's box; the longer side of its ink
-CELL, SPEED = 10, 5  # pixels: digits appear at multiples of the one, and move at the other a frame
+CELL, SPEED = 20, 10  # pixels: digits appear at multiples of the one, and move at the other a frame
 STARTS = (0, 2, 4, 6)  # frames at which digits appear
 STAYS = (5, 8)  # frames
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
@@ -157,7 +157,7 @@ class MovingDigitsConfig(tfds.core.BuilderConfig):
 class MovingDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Clips of moving digits with questions; see the top of this file."""
 
-    VERSION = tfds.core.Version("1.2.0")  # raise it when a record changes: caches are kept by version
+    VERSION = tfds.core.Version("1.3.0")  # raise it when a record changes: caches are kept by version
     code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         MovingDigitsConfig(name="default", description="16,000 training clips"),

@@ -60,7 +60,7 @@ def test_what_is_asked_is_seen_and_two_builds_are_equal(small):
         for record, same in zip(one.as_data_source(split), two.as_data_source(split), strict=True):
             np.testing.assert_equal(record, same)
             clip = decode(record["video"])
-            assert clip.shape == (12, 40, 40)
+            assert clip.shape == (12, 60, 60)
             found = seen(clip)
             assert all((value - 20) % 20 == 5 * bright for value in found)  # the split's own digits
             digits = {(value - 20) // 20: at for value, at in found.items()}
@@ -76,7 +76,7 @@ def test_what_is_asked_is_seen_and_two_builds_are_equal(small):
                 if len(times) > 2 and len(digits) == 1:  # with others before it, its middle is not that of what is seen
                     step = (np.array(at[times[-1]]) - at[times[0]]) / (times[-1] - times[0])
                     y, x = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}[told[digit]]
-                    assert step @ (y, x) == 5 and abs(step @ (x, y)) < 0.1
+                    assert step @ (y, x) == 10 and abs(step @ (x, y)) < 0.1
                     ways[told[digit]] += 1
             expected = {("count", "how many digits are there?", str(len(digits)))}
             expected |= {("way", f"which way does the {d} move?", way) for d, way in told.items()}
@@ -95,7 +95,7 @@ def test_what_is_asked_is_seen_and_two_builds_are_equal(small):
 
 
 def test_encoding_is_without_loss():
-    clip = np.random.default_rng(0).integers(0, 256, (12, 40, 40), np.uint8)
+    clip = np.random.default_rng(0).integers(0, 256, (12, 60, 60), np.uint8)
     file = np.frombuffer(moving_digits.encode(clip), np.uint8)
     np.testing.assert_array_equal(decode(file), clip)
     assert file.tobytes() == moving_digits.encode(clip)
@@ -130,4 +130,4 @@ def test_real_files():
     pictures, classes = mnist.arrays(str(REAL))["t10k"]
     for record in moving_digits.records(pictures[:5000], classes[:5000], "validation", 20):
         clip = decode(record["video"])
-        assert clip.shape == (12, 40, 40) and clip.max() > 200
+        assert clip.shape == (12, 60, 60) and clip.max() > 200
