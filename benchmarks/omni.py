@@ -15,7 +15,7 @@ from absl import flags
 from benchmarks import modalities
 from gpt4v_jax import command
 from gpt4v_jax.data import chat, mixture, packing, sources
-from gpt4v_jax.eval import common
+from gpt4v_jax.eval import common, questions
 from gpt4v_jax.training import step as step_lib
 from gpt4v_jax.training import workdir
 
@@ -26,7 +26,7 @@ JOINT = "omni_tiny"
 MODALITY = {"poetry/songci": "text", "easyvqa": "image", "moving_digits": "video", "fsdd/george": "audio"}
 # data set -> the split, the evaluator, its metric and what the page calls it; least is best where it is a loss
 METRICS = {
-    "poetry/songci": ("validation", "windows", "loss_a_letter", "nats a character"),
+    "poetry/songci": ("validation", "windows", "loss_a_letter", "nats a character that is no white space"),
     "easyvqa": ("test", "questions", "accuracy", "exact answers"),
     "moving_digits": ("test", "questions", "accuracy", "exact answers"),
     "fsdd/george": ("validation", "questions", "accuracy", "exact answers, known speakers"),
@@ -64,14 +64,15 @@ def losses(subject: common.Subject, opened: dict, changed: str = "", how: str = 
     """-> nats a trained token of each data set's answers, all packed into the same rows; the media of the data set
     `changed` are blanked, or exchanged with another record's."""
 
-    def questions(name: str, source):
+    def asked(name: str, source):
         if not isinstance(source, sources.Conversations):
             return source
-        count = len(source.records)
-        moved = {"media_of": lambda record: (record + 1) % count} if how == "exchanged" else {"blank": how == "blanked"}
+        moved = {"blank": True}
+        if how == "exchanged":
+            moved = {"media_of": questions.others(source.records).__getitem__}
         return sources.Questions(source, **moved) if name == changed else sources.Questions(source)
 
-    together = Together([questions(name, source) for name, source in opened.items()])
+    together = Together([asked(name, source) for name, source in opened.items()])
     nats, tokens, _ = common.score(subject, together)
     return {name: nats[together.owner == k].sum() / tokens[together.owner == k].sum()
             for k, name in enumerate(opened)}  # fmt: skip

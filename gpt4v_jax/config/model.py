@@ -201,6 +201,8 @@ class Audio:
         at_least(0, bins=self.bins, center=self.center)
         at_least(1, patch=self.patch)
         at_least(0.01, seconds=self.seconds)
+        if self.bins > 128:
+            raise InputError(f"audio.bins={self.bins} is more than 128: so narrow mel filters can hold no frequency")
         if self.center > self.bins:
             raise InputError(f"audio.center={self.center} is more than the audio.bins={self.bins} that a mean has")
         if self.position == "rope" and not self.encoder:
@@ -208,6 +210,8 @@ class Audio:
 
 
 def _check_pixels(name: str, c: "Image | Video") -> None:
+    if 0 < c.size < c.patch:
+        raise InputError(f"{name}.size={c.size} is less than {name}.patch={c.patch}: it holds no patch")
     if c.size % c.patch and not c.encoder:  # encoders leave the rest out, as a convolution does
         raise InputError(f"{name}.size={c.size} is not a multiple of {name}.patch={c.patch}")
     if c.position == "rope" and not c.encoder:

@@ -72,7 +72,7 @@ def splits(name: str) -> list[str]:
 
 
 def open_split(name: str, split: str):
-    """-> the records: len(), [i] -> {"where": ..., "turns": [Turn, ...]}, which raises BadRecord.
+    """-> the records: len(), [i] -> {"where": ..., "turns": [Turn, ...]}, of some with "system"; raises BadRecord.
 
     Raises InputError where the file is missing, no JSON at all, or has no record."""
     if split not in SPLITS or (split != "train" and "{split}" not in name):
@@ -194,11 +194,12 @@ class Llava:
             if not isinstance(record, dict):
                 raise BadMedium(f"{_short(record)} is no JSON object")
             media = _media(record, self._media)
-            return {"where": where, "turns": _turns(_kind(record), _asked(record.get("conversations")), media)}
+            system, asked = _asked(record.get("conversations"))
+            return {"where": where, "system": system, "turns": _turns(_kind(record), asked, media)}
 
 
-def _asked(messages) -> list[tuple[str, str]]:
-    """A record's conversations -> (question, answer) of each turn."""
+def _asked(messages) -> tuple[str, list[tuple[str, str]]]:
+    """A record's conversations -> (the system message, with a line's end; or none; (question, answer) of each turn)."""
     if not isinstance(messages, list) or not messages:
         raise BadMedium(f"conversations={_short(messages)} is no list of messages, or empty")
     said = []
@@ -207,17 +208,14 @@ def _asked(messages) -> list[tuple[str, str]]:
         if who not in ("system", "human", "gpt"):
             raise BadMedium(f"message {k} is from {_short(who)}, not human, gpt or system")
         said.append((who, _text(f"message {k}", message.get("value"), empty=who == "human")))
-    front = ""
-    if said[0][0] == "system":
-        front = said.pop(0)[1] + "\n"
+    system = said.pop(0)[1] + "\n" if said[0][0] == "system" else ""
     for k, (who, _) in enumerate(said):
         if who != ("human", "gpt")[k % 2]:
             raise BadMedium(f"turns do not alternate, human then gpt: number {k} is from {who}")
     if len(said) % 2 or not said:
         raise BadMedium("no answer at the end: the last message is not from gpt")
     texts = [text for _, text in said]
-    texts[0] = front + texts[0]
-    return list(zip(texts[::2], texts[1::2], strict=True))
+    return system, list(zip(texts[::2], texts[1::2], strict=True))
 
 
 class Folder:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, packing, sources
+from gpt4v_jax.data import chat, files, packing, sources
 from gpt4v_jax.data.tokenizer import Tokenizer
 from gpt4v_jax.data.windows import Windows
 
@@ -33,7 +33,9 @@ def entries(data: config.Data) -> list[Entry]:
         if data.mixture and not match:
             raise config.InputError(f"data.mixture: {text!r} is no 'name', 'name: weight' or 'name: first:10%'")
         entry = Entry(data.name)
-        if match:
+        if match and match["name"] in files.FORMS:  # "folder:2024" is a folder, not a weight
+            entry = Entry(text.strip())
+        elif match:
             entry = Entry(match["name"], float(match["weight"] or 1), float(match["percent"] or 100) / 100)
         if not entry.weight > 0 or not 0 < entry.share <= 1:
             raise config.InputError(f"data.mixture: {text!r}: a weight is above 0, a share above 0 % and at most 100 %")
@@ -61,7 +63,12 @@ def one(run: config.Config, name: str) -> config.Config:
 
 def open_train(data: config.Data) -> dict[str, object]:
     """-> {name: records of its training split}."""
-    return {entry.name: sources.open_split(of(data, entry), "train") for entry in entries(data)}
+    try:
+        return {entry.name: sources.open_split(of(data, entry), "train") for entry in entries(data)}
+    except config.InputError as error:
+        if not data.mixture:
+            raise
+        raise config.InputError(f"data.mixture, of 'name', 'name: weight' and 'name: first:10%': {error}") from error
 
 
 def corpus(data: config.Data):

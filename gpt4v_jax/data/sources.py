@@ -61,6 +61,8 @@ def corpus(data: config.Data):
         if "text" in record:
             yield text_of(record["text"])
         elif "turns" in record:
+            if record.get("system"):
+                yield record["system"]
             for turn in record["turns"]:
                 yield from (part for part in turn.parts if isinstance(part, str))
                 yield turn.answer
@@ -148,6 +150,7 @@ class Record:
     turns: tuple[Turn, ...]
     captions: tuple[Turn, ...] = ()
     ordered: bool = False  # a conversation, whose turns stay as they are
+    system: tuple[int, ...] = ()  # a conversation's first words, in front of each document that is made of it
 
     def before(self, turn: int) -> tuple[chat.Medium, ...]:
         """-> the media of the record and of its turns before this one."""
@@ -214,7 +217,7 @@ class Conversations:
                         asks.append(chat.Piece("user", medium=self._medium(part.modality, (i, number, p), part.read)))
                 asked = "".join(part for part in turn.parts if isinstance(part, str))
                 turns.append(Turn(turn.kind, asked, turn.answer, tuple(asks), encode(turn.answer)))
-            return Record(i, (), tuple(turns), ordered=True)
+            return Record(i, (), tuple(turns), ordered=True, system=tuple(encode(raw.get("system", ""))))
 
         def turn(kind, question, answer):
             return Turn(kind, question, answer, (chat.Piece("user", encode(question)),), encode(answer))
@@ -232,7 +235,7 @@ class Conversations:
 
     def _runs(self, record: Record) -> list[tuple[int, int]]:
         """-> (first turn, turns) of documents of a conversation, each as long as a row can hold. Those after the first
-        begin with the media that were shown before, else their answers would be guesses."""
+        begin with the system message and the media that were shown before, else their answers would be guesses."""
         runs, first = [], 0
         while first < len(record.turns):
             count = len(record.turns) - first
@@ -243,7 +246,7 @@ class Conversations:
         return runs
 
     def _fits(self, record: Record, first: int, count: int) -> bool:
-        need = chat.needs(_pieces(record.before(first), record.turns[first : first + count]), self.layout)
+        need = chat.needs(_pieces(record, record.before(first), record.turns[first : first + count]), self.layout)
         return bool(np.all(np.array(need) <= self.layout.room))
 
     def pieces(self, epoch: int, i: int) -> list[chat.Piece]:
@@ -255,12 +258,12 @@ class Conversations:
             found, turns = record.before(first), record.turns[first : first + count]
         elif first >= 0:
             turns = [record.turns[q] for q in self._order(epoch, record, record.turns)[:count]]
-            while len(turns) > 1 and chat.length(_pieces(record.media, turns), self.layout) > self.layout.context:
+            while len(turns) > 1 and chat.length(_pieces(record, found, turns), self.layout) > self.layout.context:
                 turns.pop()
         else:
             turns = [record.captions[self._order(epoch, record, record.captions)[count]]]
         drawn = epoch if self._data.augment and self._seed is not None else -1
-        return [_drawn(piece, drawn) for piece in _pieces(found, turns)]
+        return [_drawn(piece, drawn) for piece in _pieces(record, found, turns)]
 
     def _order(self, epoch: int, record: Record, turns):
         if len(turns) == 1:
@@ -299,8 +302,9 @@ class Conversations:
             raise
 
 
-def _pieces(found: tuple[chat.Medium, ...], turns) -> list[chat.Piece]:
-    first = [chat.Piece("user", medium=medium) for medium in found]
+def _pieces(record: Record, found: tuple[chat.Medium, ...], turns) -> list[chat.Piece]:
+    first = [chat.Piece("user", record.system)] if record.system else []
+    first += [chat.Piece("user", medium=medium) for medium in found]
     return [*first, *(piece for turn in turns for piece in turn.pieces)]
 
 
@@ -340,7 +344,7 @@ class Questions:
         record, other = self._records[r], self._records[self._media_of(r)]
         # A turn of a conversation is asked after those before it, whose answers are given and not scored.
         turns = record.turns[: t + 1] if record.ordered else [record.turns[t]]
-        pieces = _pieces(record.media, turns)
+        pieces = _pieces(record, record.media, turns)
         if other is not record:
             pieces = _exchanged(pieces, other.all_media)
         pieces = [dataclasses.replace(p, trained=False) for p in pieces[:-1]] + pieces[-1:]

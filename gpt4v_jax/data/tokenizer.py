@@ -38,6 +38,8 @@ class Tokenizer:
         inner.encode_special_tokens = True  # "<end>" in a text is five characters, not the special token
         inner.no_truncation()  # some files bring both: a prompt would be cut, or filled up
         inner.no_padding()
+        # One that ends an answer is special, whatever its file says: else a user could type it.
+        inner.add_special_tokens([token for token in end if inner.token_to_id(token) is not None])
         self.inner = inner
         self.vocab = inner.get_vocab_size(with_added_tokens=True)
         self.ends = tuple(id for id in map(inner.token_to_id, end) if id is not None)
@@ -56,6 +58,11 @@ class Tokenizer:
     def prompt(self, text: str) -> list[int]:
         """`encode`, with what the tokenizer puts around every text: a first token (Llama), a last one (T5), or none."""
         return self._ids(text, True) if self.inner.post_processor else self.encode(text)
+
+    def ends_in(self, text: str) -> list[int]:
+        """-> where in the text each token of `encode(text)` ends, in characters; bytes of one character share its
+        end."""
+        return [end for _, end in self.inner.encode(text, add_special_tokens=False).offsets]
 
     def _ids(self, text: str, around: bool) -> list[int]:
         try:

@@ -6,14 +6,19 @@ import os
 import struct
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from gpt4v_jax import config
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")  # Pillow's others start programs, or are read by nobody
 PIXEL_LIMIT = 64_000_000  # more are refused before they are decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, and at twice its size hides behind another error
-ORIENTATION = 0x0112  # EXIF; its values from 5 on lie on their side
+ORIENTATION = 0x0112  # EXIF
+Turn = Image.Transpose
+UPRIGHT = {  # orientation -> what makes it 1; from 5 on a picture lies on its side
+    2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
+}  # fmt: skip
 
 
 class BadMedium(config.InputError):
@@ -39,7 +44,10 @@ def decode_picture(data: bytes, size: int) -> np.ndarray:
 def decode_rgb(data: bytes) -> Image.Image:
     """An encoded picture -> RGB of its own size: upright (EXIF), 8 bits, on white where it is transparent."""
     with opened(data) as picture:
-        return to_rgb(ImageOps.exif_transpose(picture))
+        picture.load()  # a PNG's EXIF may follow its pixels, and a TIFF turns itself upright here
+        # Not ImageOps.exif_transpose, which writes all of the EXIF anew: one odd tag in it is an error there.
+        turn = UPRIGHT.get(picture.getexif().get(ORIENTATION))
+        return to_rgb(picture.transpose(turn) if turn is not None else picture)
 
 
 def picture_shape(data: bytes) -> tuple[int, int]:
@@ -49,7 +57,7 @@ def picture_shape(data: bytes) -> tuple[int, int]:
         if picture.format != "TIFF":  # whose size is upright as soon as it is open
             if picture.format == "PNG":  # whose EXIF may follow the pixels: Pillow would decode them to get there
                 picture = Image.open(io.BytesIO(without_pixels(data)), formats=FORMATS)
-            sideways = Image.Image.getexif(picture).get(ORIENTATION, 1) in (5, 6, 7, 8)
+            sideways = Image.Image.getexif(picture).get(ORIENTATION) in (5, 6, 7, 8)
         return (picture.width, picture.height) if sideways else (picture.height, picture.width)
 
 
@@ -65,7 +73,7 @@ def opened(data: bytes):
         yield picture
     except UnidentifiedImageError:  # its own text holds a memory address
         raise BadMedium("not a picture that Pillow can read (PNG, JPEG, GIF, WebP, TIFF, BMP)") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:  # Pillow's, by kind of damage
         raise BadMedium("a damaged picture: it cannot be decoded to its end") from error
 
 

@@ -22,8 +22,14 @@ class Windows:
         so much of the beginning."""
         end = [tokenizer.special["<end>"]] if "<end>" in tokenizer.special else []
         ids: list[int] = []
+        self._said, self._places = "", []  # in evaluation: all texts, and where in them each token ends
         for number, text in enumerate(texts):
             ids += [*(end if number else []), *tokenizer.encode(text)]
+            if seed is None:
+                places = [len(self._said) + place for place in tokenizer.ends_in(text)]
+                between = len(ids) - len(self._places) - len(places)
+                self._places += [len(self._said)] * between + places
+                self._said += text
         self._ids = np.array(ids[: round(share * len(ids))], np.int32)
         self.name, self.layout = data.name, layout
         self._T, self._seed = min(data.window or layout.context, layout.context), seed
@@ -43,9 +49,9 @@ class Windows:
         ids = self._ids[start : start + T + 1]
         return chat.Document(ids[:-1], ids[1:], np.ones(T, np.float32), np.ones(T, bool))
 
-    def trained_ids(self) -> np.ndarray:
-        """-> the tokens that are targets in evaluation."""
-        return self._ids[1 : 1 + len(self.needs(0)) * self._T]
+    def trained_text(self) -> str:
+        """-> the text of those tokens that are targets in evaluation, as it was before a tokenizer changed it."""
+        return self._said[self._places[0] : self._places[len(self.needs(0)) * self._T]]
 
     def read(self, medium: chat.Medium):
         raise ValueError("a text has no media")

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy import stats
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
@@ -15,6 +16,7 @@ from gpt4v_jax.data import pipeline, sources
 from gpt4v_jax.data.tokenizer import Tokenizer
 
 DRAWS = 1000  # of a bootstrap
+NORMAL = 1.959964  # 97.5 % of the normal distribution lie below it
 # Metrics that are no share of right answers -> how the table calls them.
 OTHERS = {
     "loss_a_character": "nats a character", "loss_a_letter": "nats a letter", "wer": "WER", "bleu": "BLEU",
@@ -103,20 +105,26 @@ def bootstrap(score: Callable[[np.ndarray], float], count: int) -> tuple[float, 
 
 def by_record(right: np.ndarray, records: np.ndarray) -> dict[str, float]:
     """right [n] bool of questions, records [n]: whose -> {"low", "high"} of the share right. The questions of a record
-    go together: they count as fewer, by the design effect of a ratio of clusters (Kish 1965), at least 1."""
+    go together: they count as fewer, by the design effect of a ratio of clusters (Kish 1965), at least 1. Of k records
+    the effect itself is known with k - 1 degrees of freedom; of one alone it is not known."""
     _, index = np.unique(records, return_inverse=True)
-    asked, hits, p = np.bincount(index), np.bincount(index, right), right.mean()
+    asked, hits, p, k = np.bincount(index), np.bincount(index, right), right.mean(), index.max() + 1
+    if k == 1 < len(right):
+        return {"low": 0.0, "high": 1.0}
     alone = p * (1 - p) * len(right)
-    effect = max(((hits - p * asked) ** 2).sum() / alone, 1.0) if alone else 1.0
-    low, high = interval(right.sum() / effect, len(right) / effect)
+    effect, quantile = 1.0, NORMAL
+    if alone and k < len(right):
+        effect = max(((hits - p * asked) ** 2).sum() / alone * k / (k - 1), 1.0)
+        quantile = stats.t.ppf(0.975, k - 1)
+    low, high = interval(right.sum() / effect, len(right) / effect, quantile)
     return {"low": low, "high": high}
 
 
-def interval(right: float, asked: float) -> tuple[float, float]:
+def interval(right: float, asked: float, z: float = NORMAL) -> tuple[float, float]:
     """95 % score interval of a share (Wilson 1927)."""
     if not asked:
         return 0.0, 1.0
-    z, p = 1.959964, right / asked
+    p = right / asked
     middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
     half = z / (1 + z * z / asked) * (p * (1 - p) / asked + z * z / (4 * asked * asked)) ** 0.5
     return max(middle - half, 0.0), min(middle + half, 1.0)

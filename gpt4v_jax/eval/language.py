@@ -14,11 +14,12 @@ def answers(subject: common.Subject) -> common.Result:
 def windows(subject: common.Subject) -> common.Result:
     """Mean nats a token over all non-overlapping windows of the context's length; none is sampled.
 
-    Also nats a character, which tokenizers can be compared by; and all nats over those characters alone that are no
-    white space, where line ends are the data set's, not the author's. Intervals are of windows drawn with replacement.
+    Also nats a character of the text as it was, which tokenizers that lose nothing can be compared by; and all nats
+    over those characters alone that are no white space, where line ends are the data set's, not the author's.
+    Intervals are of windows drawn with replacement.
     """
     nats, tokens, _ = common.score(subject, subject.source)
-    text = subject.tokenizer.decode(subject.source.trained_ids())
+    text = subject.source.trained_text()
     letters = sum(not character.isspace() for character in text)
     low, high = common.bootstrap(lambda at: nats[at].sum(), len(nats))
     metrics = {"tokens": tokens.sum(), "characters": len(text)}

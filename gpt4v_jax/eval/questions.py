@@ -1,9 +1,11 @@
 """Questions, most about media: exact answers by kind, and the blind baselines that belong beside every such score."""
 
 import collections
+import sys
 
 import numpy as np
 
+from gpt4v_jax import sharding
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common
 
@@ -14,12 +16,26 @@ def accuracy(subject: common.Subject) -> common.Result:
 
 
 def permuted(subject: common.Subject) -> common.Result:
-    """The same, each question asked of another record's media: what the model knows without its own."""
-    count = len(subject.source.records)
-    order = np.random.default_rng(0).permutation(count)
-    other = np.empty(count, int)
-    other[order] = np.roll(order, 1)  # one cycle through all: no medium stays in its place
-    return _ask(subject, sources.Questions(subject.source, lambda record: int(other[record])))
+    """The same, each question asked of another record's media: what the model knows without its own. Questions without
+    media are asked as they are."""
+    return _ask(subject, sources.Questions(subject.source, others(subject.source.records).__getitem__))
+
+
+def others(records) -> list[int]:
+    """-> for each record another one that has media of all its kinds, of equal ones the next in a drawn cycle; itself
+    where it has none, or no other has such, which is said."""
+    order = np.random.default_rng(0).permutation(len(records))
+    kinds = [frozenset(medium.modality for medium in record.all_media) for record in records]
+    other, alone = list(range(len(records))), 0
+    for wanted in set(kinds) - {frozenset()}:
+        having = [int(r) for r in order if kinds[r] >= wanted]
+        for here, after in zip(having, [*having[1:], having[0]], strict=True):
+            if kinds[here] == wanted:
+                other[here] = after
+                alone += here == after
+    if alone and sharding.is_first():
+        print(f"{alone:,} of {len(records):,} records keep their media: no other has such", file=sys.stderr, flush=True)
+    return other
 
 
 def blanked(subject: common.Subject) -> common.Result:

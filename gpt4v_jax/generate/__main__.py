@@ -52,8 +52,7 @@ def main() -> None:
         raise config.InputError("--prompt is missing: what shall the model answer, or go on with?")
     else:
         if _RECORD.value:
-            run, split, number = _record(trained, _RECORD.value)
-            files += sources.media_of(sources.open_split(run.data, split)[number])
+            files += _media_of(*_record(trained, _RECORD.value))
         media, read = decode.attach(trained.layout, files)
         prompt = decode.prompt(trained, question, media)
     prompts = [prompt] * _SAMPLES.value
@@ -83,9 +82,16 @@ def _record(trained: workdir.Trained, name: str) -> tuple[config.Config, str, in
     data_set, _, split = source.rpartition("/")
     run = mixture.one(trained.run, data_set)
     count = len(sources.open_split(run.data, split))
-    if not number.isdigit() or int(number) >= count:
+    if not (number.isascii() and number.isdigit()) or int(number) >= count:
         raise config.InputError(f"--record={name} must be {source}:0 to {source}:{count - 1}")
     return run, split, int(number)
+
+
+def _media_of(run: config.Config, split: str, number: int) -> list[tuple[str, bytes]]:
+    try:
+        return sources.media_of(sources.open_split(run.data, split)[number])
+    except BadMedium as error:
+        raise BadMedium(f"{getattr(error, 'where', f'record {number} of {run.data.name}')}: {error}") from error
 
 
 def _first_question(trained: workdir.Trained, run: config.Config, split: str, number: int):

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, packing
+from gpt4v_jax.data import chat, files, packing
 from gpt4v_jax.data import media as media_lib
 from gpt4v_jax.generate import sample
 from gpt4v_jax.model import attention
@@ -52,17 +52,39 @@ def attach(layout: batch_lib.Layout, files: Sequence[tuple[str, bytes]]) -> tupl
 
 
 def prompt(trained: Trained, text: str, media: Sequence[chat.Medium] = ()) -> chat.Document:
-    """-> the document of one user's turn; a model that was trained on plain text gets the plain text."""
+    """-> the document of one user's turn; a model that was trained on plain text gets the plain text.
+
+    Media go in front; or, where `<image>`, `<video>` or `<audio>` stands in the text as often as there are such media,
+    into these places.
+    """
     special = trained.tokenizer.special
     if trained.chats:
-        pieces = [chat.Piece("user", medium=medium) for medium in media]
-        return chat.document([*pieces, chat.Piece("user", trained.tokenizer.encode(text))], special, trained.layout)
+        pieces = [
+            chat.Piece("user", trained.tokenizer.encode(part)) if isinstance(part, str) else
+            chat.Piece("user", medium=part) for part in _parts(text, media)
+        ]  # fmt: skip
+        return chat.document(pieces, special, trained.layout)
     if trained.run.model.source:
         start = [trained.tokenizer.id(token) for token in trained.run.data.start]
         if not start or None in start:
             raise config.InputError(f"data.start={trained.run.data.start!r} are no tokens: which ones start an answer?")
         return dataclasses.replace(_plain(start), source=tuple(_not_empty(trained.tokenizer.prompt(text))))
     return _plain(_not_empty(trained.tokenizer.prompt(text)))
+
+
+def _parts(text: str, media: Sequence[chat.Medium]) -> list[str | chat.Medium]:
+    left = {name: [medium for medium in media if medium.modality == name] for name in batch_lib.MEDIA}
+    marked = {name for name, found in left.items() if found and f"<{name}>" in text}  # of others a marker is plain text
+    for name in marked:
+        if text.count(f"<{name}>") != len(left[name]):
+            raise config.InputError(f"{text.count(f'<{name}>')} <{name}> in the prompt, and {len(left[name])} files: "
+                                    "write one for each, or none")
+    parts, at = [medium for medium in media if medium.modality not in marked], 0
+    for marker in files.MARKER.finditer(text):
+        if marker[1] in marked:
+            parts += [*([text[at : marker.start()]] if marker.start() > at else []), left[marker[1]].pop(0)]
+            at = marker.end()
+    return parts + [text[at:]] if text[at:] or not at else parts
 
 
 def _not_empty(ids: list[int]) -> list[int]:

@@ -74,8 +74,8 @@ def test_llava(folder):
 def test_llava_system_and_kind(folder):
     record = talk("hello", "hi", kind="chat")
     record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
-    (turn,) = llava(folder, record)[0]["turns"]
-    assert turn == Turn("chat", ("Be brief.\nhello",), "hi")
+    found = llava(folder, record)[0]
+    assert found["system"] == "Be brief.\n" and found["turns"] == [Turn("chat", ("hello",), "hi")]
 
 
 def test_llava_media_elsewhere(folder, tmp_path):

@@ -69,6 +69,7 @@ def data(*entries: str) -> config.Data:
     ("emoji: first:100%", Entry("emoji")), ("digits_world/small: 3", Entry("digits_world/small", 3.0)),
     ("jsonl:a/{split}.jsonl", Entry("jsonl:a/{split}.jsonl")), ("folder:a b: 2", Entry("folder:a b", 2.0)),
     ("llava:a.json@/m: first:1%", Entry("llava:a.json@/m", 1.0, 0.01)),
+    ("folder:2024", Entry("folder:2024")), ("folder:2024: 2", Entry("folder:2024", 2.0)),
     ("tfds:mnist:3.0.1", Entry("tfds:mnist:3.0.1")), ("tfds:mnist:3.0.1: 2", Entry("tfds:mnist:3.0.1", 2.0)),
 ])  # fmt: skip
 def test_entries(text, entry):
@@ -94,7 +95,7 @@ def test_what_is_no_mixture(entries, message):
 
 @pytest.mark.parametrize("text", ["emoji: two", "emoji: -1", "emoji: 1.2.3", "emoji: .", "emoji: first:x%", "emojj"])
 def test_nonsense_is_an_unknown_name(text):
-    with pytest.raises(config.InputError, match="did you mean 'emoji'"):
+    with pytest.raises(config.InputError, match="data.mixture, of 'name', 'name: weight' and .*did you mean 'emoji'"):
         mixture.open_train(data(text))
 
 

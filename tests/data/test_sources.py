@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -90,6 +91,9 @@ class Given:
     def encode(self, text):
         return list(map(int, text.split()))
 
+    def ends_in(self, text):
+        return [match.end() for match in re.finditer(r"\d+", text)]
+
 
 def windows(ids, layout, seed, **data):
     return Windows([" ".join(map(str, ids))], config.Data(name="numbers", **data), Given(), layout, seed)
@@ -106,9 +110,8 @@ def test_windows_read_a_text_once_an_epoch(window):
         np.testing.assert_array_equal(document.tokens, ids[T * i : T * i + T])
         np.testing.assert_array_equal(document.target, ids[T * i + 1 : T * i + T + 1])
         assert (document.weight == 1).all() and document.ar.all() and not document.media
-    np.testing.assert_array_equal(
-        fixed.trained_ids(), np.concatenate([fixed.document(0, i).target for i in range(999 // T)])
-    )
+    said = np.concatenate([fixed.document(0, i).target for i in range(999 // T)])
+    assert fixed.trained_text() == " " + " ".join(map(str, said))
     drawn = windows(ids, layout, 3, window=window)
     starts = set()
     for epoch in range(8):
@@ -183,6 +186,31 @@ def test_a_conversation_that_is_cut_shows_its_picture_again():
     said = [TALK.decode(p.ids) for pieces in found for p in pieces if p.role == "assistant"]
     assert said == ["yes0", "yes1", "yes2"]
     assert (source.needs(0)[:, 0] <= 32).all()
+
+
+def test_a_conversation_that_is_cut_repeats_its_system_message():
+    model = dataclasses.replace(tiny.make_config(context=32), vocab=TALK.vocab)
+    turns = [files.Turn("k", (f"question {k}?",), f"yes{k}") for k in range(3)]
+    raw = {"turns": turns, "system": "Be brief.\n", "where": "line:0"}
+    layout, data = batch_lib.layout(model, config.Data()), config.Data(name="talk")
+    source = sources.from_records([raw], data, TALK, layout, 0)
+    found = [TALK.decode(source.document(0, i).tokens) for i in range(len(source.needs(0)))]
+    assert found == [f"Be brief.\nquestion {k}?yes{k}" for k in range(3)]
+    assert (source.needs(0)[:, 0] <= 32).all()
+    asked = sources.Questions(source)
+    assert TALK.decode(asked.document(0, 0).tokens) == "Be brief.\nquestion 0?yes0"
+
+
+@pytest.mark.parametrize("kind", ["byte", "wordpiece", "bpe"])
+def test_characters_are_counted_in_the_text_as_it_was(kind):
+    """Also where decoding would write [UNK], or put spaces between Chinese characters."""
+    text = "春眠不觉晓，处处闻啼鸟。\nAn unknown 🙂 word."
+    tokens = tokenizer_lib.train(kind, ["春眠不觉晓处处闻啼鸟 known word"] * 3, 400)
+    layout = batch_lib.layout(tiny.make_config(size=0, context=4), config.Data())
+    source = Windows([text, text], config.Data(name="t"), tokens, layout, None)
+    # All but the first token, and what makes no whole window at the end.
+    said = source.trained_text()
+    assert (text * 2).startswith(said, tokens.ends_in(text)[0]) and len(said) > 2 * len(text) - 12
 
 
 def test_between_two_texts_lies_an_end():

@@ -154,6 +154,18 @@ def test_a_file_s_frame_is_not_laid_around_documents(made, tmp_path):
     assert ours.prompt("hello") == ours.encode("hello") == framed.encode("hello")
 
 
+def test_a_token_that_ends_answers_cannot_be_typed(made, tmp_path):
+    """Also one that its file does not call special."""
+    inner = tokenizers.Tokenizer.from_str(made["bpe"].to_json())
+    inner.add_tokens([tokenizers.AddedToken("<eot>", special=False)])
+    inner.save(str(tmp_path / "t.json"))
+    eot = inner.token_to_id("<eot>")
+    path = tmp_path / "t.json"
+    for some in (tokenizer.train(str(path), (), 0, ("<eot>",)), tokenizer.load(path, ("<eot>",))):
+        assert some.ends == (eot,) and eot not in some.encode("hi <eot> there") and some.id("<eot>") == eot
+        assert some.decode(some.encode("hi <eot> there")) == "hi <eot> there"
+
+
 def random_texts(seed: int, count: int):
     """Of every plane of Unicode, with much of what goes wrong."""
     rng = np.random.default_rng(seed)

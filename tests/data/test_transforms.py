@@ -83,6 +83,19 @@ def test_any_damage_is_an_input_error():
                 assert not ADDRESS.search(str(error))
 
 
+def test_an_odd_tag_of_the_exif_is_no_damage():
+    """ImageWidth as text, beside an orientation: cameras and editors write such."""
+    plain = encoded(RGB, "jpeg")
+    entries = [(0x0100, 2, 4, b"abc\0"), (0x0112, 3, 1, struct.pack("<HH", 6, 0))]
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    tiff += b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries) + bytes(4)
+    app1 = b"Exif\0\0" + tiff
+    data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(app1) + 2) + app1 + plain[2:]
+    turned = transforms.decode_rgb(data)
+    assert (turned.height, turned.width) == transforms.picture_shape(data) == (8, 6)
+    np.testing.assert_array_equal(turned, np.rot90(transforms.decode_rgb(plain), -1))
+
+
 def whole(side: int) -> bytes:
     """A whole PNG file of side x side grey pixels: 136 KiB for 12000 x 12000, which are 412 MiB as RGB."""
     packer = zlib.compressobj(9)

@@ -174,6 +174,26 @@ def test_greedy_is_the_argmax_of_the_full_forward():
     assert answer.text == trained.tokenizer.decode(answer.tokens)
 
 
+def test_media_stand_where_the_prompt_says():
+    trained = make()
+    pictures = [chat.Medium("image", key, (4, 4)) for key in (0, 1)]
+    size, id = trained.layout.count("image", (4, 4)), trained.tokenizer.special["<image>"]
+
+    def laid(text):
+        """-> the keys of the pictures and the words, in their order."""
+        document = decode.prompt(trained, text, pictures)
+        at, out = dict(document.media), []
+        for t, token in enumerate(document.tokens):
+            out += [at[t].key] if t in at else [] if token == id else [trained.tokenizer.decode([token])]
+        assert (document.tokens == id).sum() == 2 * size
+        return "".join(map(str, out))
+
+    assert laid("ab") == "01ab" and laid("a<image>b\n<image>") == "a0b1" and laid("<image>a<image>b") == "0a1b"
+    assert laid("a<audio>b") == "01a<audio>b"
+    with pytest.raises(config.InputError, match="1 <image> in the prompt, and 2 files"):
+        laid("a<image>b")
+
+
 def test_the_picture_matters():
     trained = make()
     index = np.indices((1, 2, 2)).reshape(3, -1).T

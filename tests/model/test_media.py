@@ -220,6 +220,8 @@ def test_native_pictures_and_tiles_take_what_their_shape_asks_for():
     ({"axes": 3, "media": True, "position": "learned"}, "axes=3 must be 1, or with position='rope' 3"),
     ({"axes": 3, "media": True, "head_dim": 4}, "head_dim=4 must be 6 or more"),
     ({"image": {"position": "rope"}}, "image.position='rope' is an encoder's"),
+    ({"media": True, "audio": {"bins": 200}}, "audio.bins=200 is more than 128"),
+    ({"image": {"size": 8, "patch": 16}}, "image.size=8 is less than image.patch=16"),
     ({"media": True, "audio": {"bins": 3, "center": 4}}, "audio.center=4 is more than the audio.bins=3"),
     ({"image": {"tiles": 1}}, "image.tiles=1"),
     ({"image": {"tiles": 2, "resize": "native"}}, "tiles=2 with image.resize='native': .* raise image.size instead"),

@@ -9,12 +9,14 @@ leaves: a small transformer without convolutions needs that to learn, within min
 many draws of their places the one is taken in which digits overlap least.
 
 Questions want several frames: which digit moves left (only where exactly one does, and there are others), which way a
-digit moves, how many there are, which came first. A caption tells all of it, digit by digit as they appear. `train` has
+digit moves, how many there are, which came first. Captions name each digit and its way, one for each order of them: in
+one order alone, that of time, the way could be told without looking for the digit. `train` has
 digits of MNIST's training set, `validation` those of the first half of its test set and `test` those of the second.
 """
 
 import dataclasses
 import io
+import itertools
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
@@ -131,9 +133,10 @@ def questions(things: list[Mover]) -> list[dict[str, str]]:
     return [{"kind": kind, "question": question, "answer": str(answer)} for kind, question, answer in found]
 
 
-def caption(things: list[Mover]) -> str:
-    """-> such as "a 7 moves left, then a 3 moves up.\""""
-    return ", then ".join(f"a {t.digit} moves {t.way}" for t in sorted(things, key=lambda thing: thing.start)) + "."
+def captions(things: list[Mover]) -> list[str]:
+    """-> such as "a 7 moves left, a 3 moves up.", in every order."""
+    told = [f"a {thing.digit} moves {thing.way}" for thing in things]
+    return [", ".join(order) + "." for order in itertools.permutations(told)]
 
 
 def records(pictures: np.ndarray, classes: np.ndarray, split: str, number: int) -> Iterator[dict]:
@@ -142,7 +145,7 @@ def records(pictures: np.ndarray, classes: np.ndarray, split: str, number: int) 
     for i in range(number):
         things = movers(pictures, classes, np.random.default_rng([SEED, SPLITS.index(split), i]))
         clip = np.frombuffer(encode(frames(things)), np.uint8)
-        yield {"video": clip, "captions": [caption(things)], "questions": questions(things)}
+        yield {"video": clip, "captions": captions(things), "questions": questions(things)}
 
 
 @dataclasses.dataclass
