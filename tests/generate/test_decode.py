@@ -189,7 +189,8 @@ def test_media_stand_where_the_prompt_says():
         return "".join(map(str, out))
 
     assert laid("ab") == "01ab" and laid("a<image>b\n<image>") == "a0b1" and laid("<image>a<image>b") == "0a1b"
-    assert laid("a<audio>b") == "01a<audio>b"
+    (medium,) = pictures[:1]
+    assert decode._parts("a<audio>b", [medium]) == [medium, "a<audio>b"], "no sound is given: plain text"
     with pytest.raises(config.InputError, match="1 <image> in the prompt, and 2 files"):
         laid("a<image>b")
 
