@@ -14,7 +14,7 @@ def get_config(arg: str = ""):
     """Arguments: speaker, who is held out."""
     arg = config_lib.arguments(arg, speaker="george")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 1500, 16, 100, 300
+    config.steps, config.batch, config.log_every, config.save_every = 1200, 16, 100, 300
 
     config.model.context = 160
     config.model.embed_norm = True
