@@ -16,7 +16,7 @@ from gpt4v_jax import config as config_lib
 # How often an epoch reads each: about as many positions of each.
 MIXTURE = {"poetry/songci": 1.3, "easyvqa": 0.97, "moving_digits": 0.107, "fsdd/george": 1.45}
 # Steps of one row, alone, that read as many positions of a data set as 2,000 steps of four rows of all of them.
-ALONE = {"poetry/songci": 1720, "easyvqa": 2490, "moving_digits": 1910, "fsdd/george": 1870}
+ALONE = {"poetry/songci": 1760, "easyvqa": 2480, "moving_digits": 1850, "fsdd/george": 1910}
 EVALUATORS = {"poetry/songci": ("windows",), "easyvqa": ("questions", "permuted"),
               "moving_digits": ("questions", "permuted"), "fsdd/george": ("questions", "permuted")}  # fmt: skip
 
