@@ -12,21 +12,21 @@ from gpt4v_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-    """Arguments: frames=12 (1: the same model sees a single frame, the middle one)."""
-    arg = config_lib.arguments(arg, frames="12")
+    """Arguments: frames=8 (1: the same model sees a single frame, the middle one)."""
+    arg = config_lib.arguments(arg, frames="8")
     config = config_lib.default()
-    config.steps, config.batch, config.log_every, config.save_every = 1800, 24, 100, 300
+    config.steps, config.batch, config.log_every, config.save_every = 3000, 8, 100, 500
 
-    config.model.context = 104  # a clip with its questions
+    config.model.context = 256  # clips with their questions
     config.model.embed_norm = True
-    tubelet = 2 if arg["frames"] == "12" else 1
+    tubelet = 2 if arg["frames"] == "8" else 1
     config.model.video.update(size=60, patch=20, frames=int(arg["frames"]), tubelet=tubelet, patch_norm=True)
     config.model.backbone.update(depth=4, width=128, heads=4)
 
-    config.data.update(name="moving_digits", vocab=320, turns=2, captions=1)
-    config.data.video.items = 1 if arg["frames"] == "12" else 3
+    config.data.update(name="moving_digits", vocab=320, turns=3, captions=1)
+    config.data.video.items = 4 if arg["frames"] == "8" else 6
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 
-    config.eval.update(evaluators=("questions", "permuted"), every=300, limit=200, best="questions/accuracy")
+    config.eval.update(evaluators=("questions", "permuted"), every=500, limit=200, best="questions/accuracy")
     return config
