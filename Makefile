@@ -31,7 +31,7 @@ define install
  else $(PY) -m pip install -q -r $(2); fi
 endef
 
-.PHONY: help quickstart test lint soak bench parity lock clean
+.PHONY: help quickstart test lint soak bench parity modalities omni lock clean
 
 help:
 	@echo "make quickstart   train a small model on the CPU, evaluate it, ask it a question, write a report; run again to resume"
@@ -40,11 +40,13 @@ help:
 	@echo "make soak         every test of exactness, the slow ones, too: docs/results/exactness.md; run again to go on"
 	@echo "make bench        training speed beside PyTorch   (Python 3.11 only)"
 	@echo "make parity       our layers beside Hugging Face's: docs/results/parity.md   (Python 3.11 only)"
+	@echo "make modalities   every task of docs/results/modalities.md, which is written anew: hours; run again to go on"
+	@echo "make omni         four modalities in one model beside each alone: docs/results/omni.md; run again to go on"
 	@echo "make lock         write requirements/ anew from setup.py   (make lock ARGS=--upgrade takes newer versions)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "Every one takes PYTHON=python3.12 or the like; 3.11 is the oldest that works."
 
-quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1# huge pages: faster on Linux, ignored elsewhere
+quickstart bench modalities omni: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1# huge pages: faster on Linux, ignored elsewhere
 
 quickstart: $(CORE)
 	$(PY) -m gpt4v_jax.train --config configs/quickstart.py --workdir $(WORKDIR)
@@ -66,6 +68,9 @@ soak: $(TEST)
 	  tests/training/test_step.py tests/training/test_objectives.py tests/training/test_checkpoint.py \
 	  tests/training/test_optim.py tests/interop/test_parity.py
 	$(PY) -m benchmarks.exactness --shown $(SHOWN) --out docs/results
+
+modalities omni: $(TEST)
+	$(PY) -m benchmarks.$@ --train
 
 ifneq ($(filter 3.11.%,$(VERSION)),)
 bench: $(TEST)

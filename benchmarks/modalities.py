@@ -1,7 +1,7 @@
 """docs/results/modalities.md from the workdirs of its runs: python -m benchmarks.modalities --runs runs
 
-The workdirs are those that the configs' first lines name, each trained and evaluated; what has not run is said to be
-missing. Baselines that no run gives are computed here.
+The workdirs are those that the configs' first lines name, each trained and evaluated (`make modalities` does it); what
+has not run is said to be missing. Baselines that no run gives are computed here.
 """
 
 import collections
@@ -14,17 +14,26 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
+from benchmarks.runs import make_runs
 from gpt4v_jax import command, config
 from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common, retrieval
 
 _RUNS = flags.DEFINE_string("runs", "runs", "the folder of the workdirs")
+_TRAIN = flags.DEFINE_bool("train", False, "train and evaluate what is missing first: hours")
 _OUT = flags.DEFINE_string("out", "docs/results", "where modalities.md goes", allow_override=True)
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 TUNED_ON = ("george", "jackson", "nicolas")  # whose digits choices of configs/fsdd.py were made by: the ledger
 LANGUAGES = ("de", "en", "fr", "ja", "zh")
 BINS = 6  # of each colour in a histogram
+
+
+RUNS = {  # workdir -> its config
+    **{f"fsdd_{name}": f"configs/fsdd.py:speaker={name}" for name in SPEAKERS},
+    **{name: f"configs/{name}.py" for name in ("mnist", "easyvqa", "moving_digits", "multi30k", "emoji", "poetry")},
+    "moving_digits_still": "configs/moving_digits.py:frames=1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +205,8 @@ def mean(runs: Path, speakers: tuple[str, ...]) -> str:
 
 def main() -> None:
     path = Path(_OUT.value) / "modalities.md"
+    if _TRAIN.value:
+        make_runs(Path(_RUNS.value), {name: [f"--config={file}"] for name, file in RUNS.items()})
     path.write_text(page(Path(_RUNS.value)))
     print(path)
 

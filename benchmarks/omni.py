@@ -1,7 +1,8 @@
 """docs/results/omni.md: one model on four modalities beside a model for each: python -m benchmarks.omni --runs runs
 
-The workdirs are those that the first lines of configs/omni_tiny.py name, each trained and evaluated. What blanking and
-exchanging media does to the answers of the same and of other data sets is computed here, from the joint model.
+The workdirs are those that the first lines of configs/omni_tiny.py name, each trained and evaluated (`make omni` does
+it). What blanking and exchanging media does to the answers of the same and of other data sets is computed here, from
+the joint model.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import modalities
+from benchmarks.runs import make_runs
 from gpt4v_jax import command
 from gpt4v_jax.data import chat, mixture, packing, sources
 from gpt4v_jax.eval import common, questions
@@ -20,6 +22,7 @@ from gpt4v_jax.training import step as step_lib
 from gpt4v_jax.training import workdir
 
 _RUNS = flags.DEFINE_string("runs", "runs", "the folder of the workdirs", allow_override=True)
+_TRAIN = flags.DEFINE_bool("train", False, "train and evaluate what is missing first", allow_override=True)
 _OUT = flags.DEFINE_string("out", "docs/results", "where omni.md goes", allow_override=True)
 
 JOINT = "omni_tiny"
@@ -115,18 +118,24 @@ def tokens(folder: Path, name: str) -> float:
     return max((line.get(f"data/{name}/tokens", 0) for line in lines), default=0)
 
 
+def alone(name: str) -> str:
+    """-> the workdir of the model of one data set."""
+    return f"omni_{name.partition('/')[0]}"
+
+
 def page(runs: Path) -> str:
     trained = workdir.restore(runs / JOINT)
     lines = ["| modality | data set | metric | together | alone | positions together, alone | alone: run |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, modality in MODALITY.items():
         split, evaluator, metric, called = METRICS[name]
-        alone = runs / f"omni_{name.split('/')[0]}"
+        by_itself = runs / alone(name)
         joint = modalities.found(runs / JOINT, f"{name.replace('/', '-')}-{split}", evaluator)
-        numbers = [modalities.number(result, metric) for result in (joint, modalities.found(alone, split, evaluator))]
-        seen = ", ".join(f"{tokens(folder, name):,.0f}" for folder in (runs / JOINT, alone))
+        results = joint, modalities.found(by_itself, split, evaluator)
+        numbers = [modalities.number(result, metric) for result in results]
+        seen = ", ".join(f"{tokens(folder, name):,.0f}" for folder in (runs / JOINT, by_itself))
         lines.append(f"| {modality} | {name}, {split} | {called} | {' | '.join(numbers)} | {seen} | "
-                     f"{modalities.made(alone)} |")  # fmt: skip
+                     f"{modalities.made(by_itself)} |")  # fmt: skip
     return "\n".join([
         "# One model for four modalities, and a model for each", "",
         "configs/omni_tiny.py, one seed, on a CPU; written by `python -m benchmarks.omni`. The same model and the same",
@@ -143,8 +152,12 @@ def page(runs: Path) -> str:
 
 
 def main() -> None:
-    path = Path(_OUT.value) / "omni.md"
-    path.write_text(page(Path(_RUNS.value)))
+    runs, path = Path(_RUNS.value), Path(_OUT.value) / "omni.md"
+    if _TRAIN.value:
+        whole = "--config=configs/omni_tiny.py"
+        tokens = f"--config.data.tokenizer={runs / JOINT / 'tokenizer.json'}"
+        make_runs(runs, {JOINT: [whole]} | {alone(name): [f"{whole}:only={name}", tokens] for name in MODALITY})
+    path.write_text(page(runs))
     print(path)
 
 
