@@ -20,11 +20,11 @@ def get_config(arg: str = ""):
     config.model.context = 256  # clips with their questions
     config.model.embed_norm = True
     tubelet = 2 if arg["frames"] == "8" else 1
-    config.model.video.update(size=60, patch=20, frames=int(arg["frames"]), tubelet=tubelet, patch_norm=True)
+    config.model.video.update(size=40, patch=20, frames=int(arg["frames"]), tubelet=tubelet, patch_norm=True)
     config.model.backbone.update(depth=4, width=128, heads=4)
 
-    config.data.update(name="moving_digits", vocab=320, turns=3, captions=1)
-    config.data.video.items = 4 if arg["frames"] == "8" else 6
+    config.data.update(name="moving_digits", vocab=320, turns=8, captions=1)
+    config.data.video.items = 6
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

@@ -1,9 +1,9 @@
 """moving_digits: short grey clips in which digits of MNIST appear and move, with captions and questions.
 
-Made here, from the files of mnist (see mnist.py). A clip has 8 frames of 60x60 pixels, 8 a second, encoded without
+Made here, from the files of mnist (see mnist.py). A clip has 8 frames of 40x40 pixels, 8 a second, encoded without
 loss (FFV1 in Matroska). It shows 1 to 3 digits of different classes, each in a box of 20x20 pixels. Each appears at an
 even frame of its own, at a multiple of 20 pixels, moves straight left, right, up or down at 10 pixels a frame, from the
-half of the picture that it comes from, and is gone after 3 to 5 frames, or before, when it leaves the picture: often no
+half of the picture that it comes from, and is gone after 2 to 4 frames, or before, when it leaves the picture: often no
 frame shows all digits. So a patch of 20 pixels and two frames holds a whole digit, and in its second half which way it
 leaves: a small transformer without convolutions needs that to learn, within minutes, which digit moves which way. Of
 many draws of their places the one is taken in which digits overlap least.
@@ -27,11 +27,11 @@ from PIL import Image
 
 from gpt4v_jax.data.datasets import mnist, raw
 
-FRAMES, SIDE, RATE = 8, 60, 8  # frames of SIDE x SIDE pixels, RATE a second
+FRAMES, SIDE, RATE = 8, 40, 8  # frames of SIDE x SIDE pixels, RATE a second
 BOX, SIZES = 20, (16, 20)  # pixels: of a digit's box; the longer side of its ink
 CELL, SPEED = 20, 10  # pixels: digits appear at multiples of the one, and move at the other a frame
 STARTS = (0, 2, 4)  # frames at which digits appear
-STAYS = (3, 5)  # frames
+STAYS = (2, 4)  # frames
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
 DRAWS = 200  # of places, for one clip
 SPLITS = ("train", "validation", "test")

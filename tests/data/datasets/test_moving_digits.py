@@ -61,7 +61,7 @@ def test_what_is_asked_is_seen_and_two_builds_are_equal(small):
         for record, same in zip(one.as_data_source(split), two.as_data_source(split), strict=True):
             np.testing.assert_equal(record, same)
             clip = decode(record["video"])
-            assert clip.shape == (8, 60, 60)
+            assert clip.shape == (8, 40, 40)
             found = seen(clip)
             assert all((value - 20) % 20 == 5 * bright for value in found)  # the split's own digits
             digits = {(value - 20) // 20: at for value, at in found.items()}
@@ -95,7 +95,7 @@ def test_what_is_asked_is_seen_and_two_builds_are_equal(small):
 
 
 def test_encoding_is_without_loss():
-    clip = np.random.default_rng(0).integers(0, 256, (8, 60, 60), np.uint8)
+    clip = np.random.default_rng(0).integers(0, 256, (8, 40, 40), np.uint8)
     file = np.frombuffer(moving_digits.encode(clip), np.uint8)
     np.testing.assert_array_equal(decode(file), clip)
     assert file.tobytes() == moving_digits.encode(clip)
@@ -110,7 +110,7 @@ def test_digits_rarely_overlap_and_are_apart_in_time():
         assert len({thing.digit for thing in things}) == len(things)
         begins = sorted(thing.start for thing in things)
         assert all(b - a >= 2 for a, b in zip(begins, begins[1:], strict=False)) and begins[0] >= 0 and begins[-1] <= 4
-        assert all(3 <= thing.end - thing.start <= 5 and thing.end <= 8 for thing in things)
+        assert all(2 <= thing.end - thing.start <= 4 and thing.end <= 8 for thing in things)
         assert all(16 <= max(np.ptp(np.nonzero(thing.ink), axis=1)) + 1 <= 20 for thing in things)
         whole = sum(int(np.count_nonzero(moving_digits.frames([thing]))) for thing in things)
         overlapping += whole - np.count_nonzero(moving_digits.frames(things)) > 0.05 * whole
@@ -130,4 +130,4 @@ def test_real_files():
     pictures, classes = mnist.arrays(str(REAL))["t10k"]
     for record in moving_digits.records(pictures[:5000], classes[:5000], "validation", 20):
         clip = decode(record["video"])
-        assert clip.shape == (8, 60, 60) and clip.max() > 200
+        assert clip.shape == (8, 40, 40) and clip.max() > 200
