@@ -14,9 +14,9 @@ Measured: not yet.
 from gpt4v_jax import config as config_lib
 
 # How often an epoch reads each: about as many positions of each.
-MIXTURE = {"poetry/songci": 1.3, "easyvqa": 0.97, "moving_digits": 0.137, "fsdd/george": 1.45}
+MIXTURE = {"poetry/songci": 1.3, "easyvqa": 0.97, "moving_digits": 0.18, "fsdd/george": 1.45}
 # Steps of one row, alone, that read as many positions of a data set as 2,000 steps of four rows of all of them.
-ALONE = {"poetry/songci": 1760, "easyvqa": 2475, "moving_digits": 1845, "fsdd/george": 1910}
+ALONE = {"poetry/songci": 1790, "easyvqa": 2520, "moving_digits": 1875, "fsdd/george": 1945}
 EVALUATORS = {"poetry/songci": ("windows",), "easyvqa": ("questions", "permuted"),
               "moving_digits": ("questions", "permuted"), "fsdd/george": ("questions", "permuted")}  # fmt: skip
 
@@ -34,14 +34,14 @@ def get_config(arg: str = ""):
     config.model.embed_norm = True
     config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
     config.model.image.update(size=64, patch=8, patch_norm=True)
-    config.model.video.update(size=60, patch=20, frames=8, tubelet=2, patch_norm=True)
+    config.model.video.update(size=40, patch=20, frames=8, tubelet=2, patch_norm=True)
     config.model.audio.update(bins=80, patch=4, seconds=6.0, center=80, patch_norm=True)
 
     config.data.mixture = tuple(f"{name}: {MIXTURE[name]}" for name in names)
     config.data.update(vocab=4000, turns=4, captions=1, window=64, augment=("shift", "voice", "mask"))
     share = 4 // rows  # of a row is one data set's
     config.data.image.items = 3 * share
-    config.data.video.items = 4 * share
+    config.data.video.items = 5 * share
     config.data.audio.update(items=10 * share, patches=208 * share)
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
