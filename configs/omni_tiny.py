@@ -8,7 +8,7 @@ omni_easyvqa, omni_moving_digits, omni_fsdd):
 python -m gpt4v_jax.train --config configs/omni_tiny.py:only=fsdd/george --workdir runs/omni_fsdd \
     --config.data.tokenizer=runs/omni_tiny/tokenizer.json
 
-Measured: not yet.
+Measured: not yet; `make omni` does it.
 """
 
 from gpt4v_jax import config as config_lib
