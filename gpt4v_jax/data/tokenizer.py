@@ -38,8 +38,10 @@ class Tokenizer:
         inner.encode_special_tokens = True  # "<end>" in a text is five characters, not the special token
         inner.no_truncation()  # some files bring both: a prompt would be cut, or filled up
         inner.no_padding()
-        # One that ends an answer is special, whatever its file says: else a user could type it.
-        inner.add_special_tokens([token for token in end if inner.token_to_id(token) is not None])
+        # An added token that ends answers is special, whatever its file says: else a user could type it. One of the
+        # vocabulary itself, such as a line's end, stays text.
+        added = {token.content for token in inner.get_added_tokens_decoder().values() if not token.special}
+        inner.add_special_tokens([token for token in end if token in added])
         self.inner = inner
         self.vocab = inner.get_vocab_size(with_added_tokens=True)
         self.ends = tuple(id for id in map(inner.token_to_id, end) if id is not None)
