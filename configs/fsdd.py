@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
 
     config.model.context = 160
     config.model.embed_norm = True
-    config.model.audio.update(bins=80, patch=4, seconds=6.0, center=80, patch_norm=True)  # 40 ms a position
+    config.model.audio.update(bins=80, patch=4, seconds=6.0, center=True, patch_norm=True)  # 40 ms a position
     config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
 
     config.data.update(name=f"fsdd/{arg['speaker']}", vocab=300, augment=("voice", "mask"))

@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
     config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
     config.model.image.update(size=64, patch=8, patch_norm=True)
     config.model.video.update(size=40, patch=20, frames=8, tubelet=2, patch_norm=True)
-    config.model.audio.update(bins=80, patch=4, seconds=6.0, center=80, patch_norm=True)
+    config.model.audio.update(bins=80, patch=4, seconds=6.0, center=True, patch_norm=True)
 
     config.data.mixture = tuple(f"{name}: {MIXTURE[name]}" for name in names)
     config.data.update(vocab=4000, turns=4, captions=1, window=64, augment=("shift", "voice", "mask"))

@@ -84,14 +84,11 @@ def test_one_of():
         config.one_of("kind", "concta", ("concat", "prefix_lm"))
 
 
-def test_runs_from_when_some_keys_were_bools():
+def test_runs_from_when_bias_was_a_bool():
     """config.json of older workdirs."""
     text = '{"model": {"backbone": {"bias": true}, "image": {"size": 32, "encoder": {"bias": false}}}}'
     model = config.from_json(text).model
     assert model.backbone.bias == config.BIASES and model.image.encoder.bias == ()
-    for was, cosines in (("true", 80), ("false", 0)):
-        text = f'{{"model": {{"audio": {{"bins": 80, "center": {was}}}}}}}'
-        assert config.from_json(text).model.audio.center == cosines
 
 
 def test_the_best_metric_of_a_data_set_whose_name_has_slashes():

@@ -182,7 +182,7 @@ class Audio:
     bins: int = 0  # of the mel scale: 80 | 128; 0: the model reads no sound
     patch: int = 4
     seconds: float = 30.0  # longer sounds fit no row: training leaves them out, evaluation counts them as wrong
-    center: int = 0  # so many cosines (level, tilt, ...) of the loud frames' mean are taken away; bins: all of the mean
+    center: bool = False  # each bin less its mean over the loud frames: microphones and voices differ by it
     front: str = "patch"  # patch: one linear map | conv: two convolutions with GELU, the second of stride `patch`
     patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to
     position: str = "sinusoid"  # added to the patches | rope: of the encoder | none
@@ -198,13 +198,11 @@ class Audio:
     def __post_init__(self):
         one_of("position", self.position, ("sinusoid", "rope", "none"))
         one_of("front", self.front, ("patch", "conv"))
-        at_least(0, bins=self.bins, center=self.center)
+        at_least(0, bins=self.bins)
         at_least(1, patch=self.patch)
         at_least(0.01, seconds=self.seconds)
         if self.bins > 128:
             raise InputError(f"audio.bins={self.bins} is more than 128: so narrow mel filters can hold no frequency")
-        if self.center > self.bins:
-            raise InputError(f"audio.center={self.center} is more than the audio.bins={self.bins} that a mean has")
         if self.position == "rope" and not self.encoder:
             raise InputError("audio.position='rope' is an encoder's: set audio.encoder, or another position")
 

@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from gpt4v_jax.config.check import InputError, nearest
-from gpt4v_jax.config.model import BIASES, Audio, Backbone
+from gpt4v_jax.config.model import BIASES, Backbone
 from gpt4v_jax.config.run import Config
 
 
@@ -57,8 +57,6 @@ def parse(values: Mapping, cls=Config, path: str = "config"):
             raise InputError(f"unknown config key {path}.{key}{nearest(key, fields)}")
     if cls is Backbone and isinstance(values.get("bias"), bool):  # as runs before November 2026 have it on disk
         values = {**values, "bias": BIASES if values["bias"] else ()}
-    if cls is Audio and isinstance(values.get("center"), bool):  # the same
-        values = {**values, "center": values.get("bins", 0) if values["center"] else 0}
     hints = typing.get_type_hints(cls)
     parsed = {key: _parse_value(values[key], hints[key], f"{path}.{key}") for key in values}
     try:

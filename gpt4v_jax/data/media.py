@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
-from scipy import fft
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax.data import clip, sound, transforms
@@ -95,10 +94,7 @@ def _sound(data: bytes, frames: int, layout: batch_lib.Layout, augment, rng) -> 
     loud = np.flatnonzero(mel.max(axis=1) >= mel.max() - LOUD)
     mel = np.pad(mel, [(0, -frames % c.patch), (0, 0)], constant_values=mel.min())
     if c.center:
-        # By the mean's first cosines microphones and voices differ; its finer shape may be a word's only vowel.
-        cosines = fft.dct(mel[loud].mean(axis=0), norm="ortho")
-        cosines[c.center :] = 0
-        mel -= fft.idct(cosines, norm="ortho")
+        mel -= mel[loud].mean(axis=0)
     return mel.reshape(-1, c.values)
 
 
