@@ -27,8 +27,6 @@ SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 TUNED_ON = ("george", "jackson", "nicolas")  # whose digits choices of configs/fsdd.py were made by: the ledger
 LANGUAGES = ("de", "en", "fr", "ja", "zh")
 BINS = 6  # of each colour in a histogram
-
-
 RUNS = {  # workdir -> its config
     **{f"fsdd_{name}": f"configs/fsdd.py:speaker={name}" for name in SPEAKERS},
     **{name: f"configs/{name}.py" for name in ("mnist", "easyvqa", "moving_digits", "multi30k", "emoji", "poetry")},
