@@ -65,8 +65,8 @@ def test_what_is_missing_is_named_with_the_remedy(tmp_path):
         raw.read("set", "img-set", {"one": sha(b"1")}, "", SOURCE)
 
 
-@pytest.mark.parametrize("content", [b"other", gzip.compress(b"text", mtime=0)[:10], b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 9,
-                                     b"PK\3\4 and no more"])
+@pytest.mark.parametrize("content", [b"other", gzip.compress(b"text", mtime=0)[:10],  # its name is that of a test
+                                     b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 9, b"PK\3\4 and no more"])  # fmt: skip
 def test_a_wrong_or_broken_file_is_named(content, tmp_path):
     (tmp_path / "one").write_bytes(content)
     with pytest.raises(InputError, match=SOURCE) as error:
