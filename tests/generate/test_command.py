@@ -7,6 +7,7 @@ from absl.testing import flagsaver
 
 from gpt4v_jax import command
 from gpt4v_jax.data import sources
+from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.training import workdir
 from tests.test_evaluate import folder  # noqa: F401
 
@@ -46,12 +47,23 @@ def test_a_picture_file_is_the_record_s_picture(folder, tmp_path, capsys, monkey
     assert len(set(answers)) == 3
 
 
+def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch):  # noqa: F811
+    def damaged(record):
+        raise BadMedium("is no picture")
+
+    name = workdir.load_config(folder).data.name
+    monkeypatch.setattr(sources, "media_of", damaged)
+    status, out, err = say(capsys, monkeypatch, f"--workdir={folder}", "--record=test:3", "--prompt=x")
+    assert (status, out) == (2, "") and err == f"error: record 3 of {name}: is no picture\n"
+
+
 @pytest.mark.parametrize("args, message", [
     ([], "--prompt is missing"),
     (["--prompt=x", "--image={dir}/text.png"], "text.png"),
     (["--prompt=x", "--image={dir}/absent.png"], "absent.png"),
     (["--prompt=x", "--audio={dir}/text.png"], "reads no audio: leave --audio out"),
     (["--record=test:99999"], "--record=test:99999 must be test:0 to test:31"),
+    (["--record=test:²"], "--record=test:² must be test:0 to test:31"),
     (["--record=tset:0"], "did you mean 'test'"),
     (["--prompt=x", "--samples=0"], "samples=0 must be 1 or more"),
     (["--prompt=x", "--seed=-1"], "seed=-1 must be 0 or more"),
