@@ -23,7 +23,6 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image, ImageDraw
 
 # Middle luminance: each is seen on dark and on light grey, and they lie apart in CIELAB.
@@ -370,7 +369,6 @@ class DigitsWorld(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Scenes of digits and shapes with captions and questions; see the top of this file."""
 
     VERSION = tfds.core.Version("1.1.0")  # raise it when a record changes: caches are kept by version
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         DigitsWorldConfig(name="default", description="12,000 training scenes"),
         DigitsWorldConfig(name="small", description="a few scenes, for tests", train=64, validation=16, test=32,

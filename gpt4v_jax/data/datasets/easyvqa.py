@@ -11,7 +11,6 @@ import collections
 import json
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gpt4v_jax.data.datasets import raw
 
@@ -45,7 +44,6 @@ class EasyVQA(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     name = "easyvqa"  # else TFDS calls it easy_vqa
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text

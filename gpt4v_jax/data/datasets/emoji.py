@@ -8,7 +8,6 @@ emoji, without variants of skin tone, which would be the same picture in several
 import json
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gpt4v_jax.data.datasets import raw
 
@@ -27,7 +26,6 @@ class Emoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Emoji with their names in five languages; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text

@@ -19,7 +19,6 @@ from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gpt4v_jax.data.datasets import raw
 
@@ -88,7 +87,6 @@ class FSDD(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Spoken digits and strings of them; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         tfds.core.BuilderConfig(name=speaker, description=f"{speaker} is held out") for speaker in SPEAKERS
     ]

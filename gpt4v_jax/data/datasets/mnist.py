@@ -6,7 +6,6 @@ Usually given as CC BY-SA 3.0. Verified are the unpacked IDX files, so that any 
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gpt4v_jax.data.datasets import raw
 from gpt4v_jax.data.datasets.digits_world import png
@@ -38,7 +37,6 @@ class MNIST(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Handwritten digits with one question each; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text

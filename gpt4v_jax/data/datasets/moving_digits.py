@@ -22,7 +22,6 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image
 
 from gpt4v_jax.data.datasets import mnist, raw
@@ -161,7 +160,6 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Clips of moving digits with questions; see the top of this file."""
 
     VERSION = tfds.core.Version("1.3.0")  # raise it when a record changes: caches are kept by version
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         MovingDigitsConfig(name="default", description="16,000 training clips"),
         MovingDigitsConfig(name="small", description="a few clips, for tests", train=40, validation=20, test=20),

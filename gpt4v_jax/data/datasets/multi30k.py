@@ -12,7 +12,6 @@ import dataclasses
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gpt4v_jax.data.datasets import raw
 
@@ -54,7 +53,6 @@ class Multi30k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Sentences with their translation; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         Direction(name=f"{source}-{target}", description=f"from {source} to {target}", source=source, target=target)
         for other in ("de", "fr", "cs") for source, target in ((other, "en"), ("en", other))

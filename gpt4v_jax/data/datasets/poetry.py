@@ -14,7 +14,6 @@ import json
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gpt4v_jax.data.datasets import raw
 
@@ -40,7 +39,6 @@ class Poetry(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Two records, each a long text; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
     BUILDER_CONFIGS: ClassVar = [
         tfds.core.BuilderConfig(name="tang", description="poems of the Tang, traditional characters"),
         tfds.core.BuilderConfig(name="songci", description="ci of the Song, simplified characters"),

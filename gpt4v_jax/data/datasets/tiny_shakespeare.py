@@ -5,7 +5,6 @@ reader cuts it into windows itself.
 """
 
 import tensorflow_datasets as tfds
-from etils import epath
 
 from gpt4v_jax.data.datasets import raw
 
@@ -25,7 +24,6 @@ class TinyShakespeare(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Two records, each a long text; see the top of this file."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = epath.Path(__file__)  # else TFDS 4.9.10 asks importlib_resources, which it forgets to require
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

@@ -29,7 +29,6 @@ class TinyPublicLabels(tfds.core.GeneratorBasedBuilder):
     """A data set as the catalogue has them; TFDS knows it by its class name."""
 
     VERSION = tfds.core.Version("2.0.0")
-    code_path = epath.Path(__file__)
     MANUAL_DOWNLOAD_INSTRUCTIONS = "put classes.json there"
 
     def _info(self):
@@ -65,7 +64,6 @@ def round_trip(tmp_path, features, *records):
 
     class TinyPublicAny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
-        code_path = epath.Path(__file__)
 
         def _info(self):
             return self.dataset_info_from_configs(features=features, disable_shuffling=True)
