@@ -1,6 +1,6 @@
 """Where numbers go: the terminal (a progress bar and a line an epoch), metrics.jsonl, TensorBoard.
 
-Scalars on the device are read one log line late, when they have long been computed, so that reading never waits.
+Scalars on the device are read one step late, while the next step is computed, so that the device never waits.
 """
 
 import json
@@ -56,14 +56,12 @@ class Log:
             self._file.flush()
             self._board.add(step, values)
 
-    def later(self, step: int, values: dict) -> dict | None:
-        """Writes the values of the call before, and -> them as floats, with their "step" (None where none wait)."""
-        done = self.flush()
+    def later(self, step: int, values: dict) -> None:
+        """Keeps values, which `flush` writes."""
         self._waiting = step, values
-        return done
 
     def flush(self) -> dict | None:
-        """Writes the values that wait, and -> them like `later`."""
+        """Writes the values that wait, and -> them as floats, with their "step" (None where none wait)."""
         if self._waiting is None:
             return None
         (step, values), self._waiting = self._waiting, None
@@ -152,8 +150,9 @@ class Report:
         self._progress.line(text)
 
     def step(self, step: int, values: dict, epoch: int, read: Callable[[], dict[str, float]] = dict) -> None:
-        """values: device scalars, which are read one line late; epoch: the one that the step belongs to; read() -> what
+        """values: device scalars, which are read one step late; epoch: the one that the step belongs to; read() -> what
         has been read of each source, "data/..."."""
+        self.flush()
         if step == self._start + 1:
             jax.block_until_ready(values)
             self._first = self._clock.busy()
@@ -162,7 +161,7 @@ class Report:
         elif step % self._every == 0 or step == self._total:
             rate = self._row_tokens * (step - self._start - 1) / max(self._clock.busy() - self._first, 1e-9)
             more = {"tokens_per_second": rate, "epoch": epoch} | read() | self._minutes()
-            self._show(self._log.later(step, values | more))
+            self._log.later(step, values | more)
             self._clock.write(step)
         self._progress.advance(step)
         self._since.append((values["loss"], values["accuracy"]))

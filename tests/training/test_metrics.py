@@ -2,23 +2,35 @@
 
 import errno
 import os
+import time
 
 import jax.numpy as jnp
 import pytest
 
 from gpt4v_jax import config
-from gpt4v_jax.training import metrics
+from gpt4v_jax.training import goodput, metrics
 
 
 def test_lines(tmp_path):
     log = metrics.Log(tmp_path, 0)
     log.write(1, {"loss": jnp.float32(2.5)})
-    assert log.later(2, {"loss": jnp.float32(1.5)}) is None
-    assert log.later(3, {"loss": jnp.float32(0.5)}) == {"step": 2, "loss": 1.5}
+    assert log.flush() is None
+    log.later(2, {"loss": jnp.float32(1.5)})
+    assert len(metrics.read(tmp_path)) == 1 and log.flush() == {"step": 2, "loss": 1.5}
+    log.later(3, {"loss": jnp.float32(0.5)})
     assert metrics.read(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}]
     log.close()
     assert metrics.read(tmp_path)[2:] == [{"step": 3, "loss": 0.5}]
     assert list(tmp_path.glob("events.*"))
+
+
+def test_a_line_waits_for_one_step_and_no_longer(tmp_path, capsys):
+    with metrics.Report(tmp_path, 0, 9, 2, 32, goodput.Clock(tmp_path, 0, time.time())) as report:
+        for step in range(1, 6):
+            report.step(step, {"loss": jnp.float32(step), "accuracy": jnp.float32(0)}, 0)
+            assert [line["step"] for line in metrics.read(tmp_path)] == [[], [1], [1], [1, 2], [1, 2], [1, 2, 4]][step]
+    said = capsys.readouterr().out
+    assert "step 2/9  loss 2.0000" in said and "step 4/9  loss 4.0000" in said
 
 
 @pytest.mark.parametrize("half", ["", '{"step": 4, "lo', "{", '{"loss": 1.0}'])
