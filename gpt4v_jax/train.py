@@ -125,7 +125,8 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     for evaluator in run.eval.evaluators:
         name = eval_lib.named(evaluator)[1]
         if name not in held_out:
-            held_out[name] = common.open_source(mixture.one(run, name), "validation", tokenizer, layout, run.eval.limit)
+            held_out[name] = common.open_source(
+                mixture.one(run, name), run.eval.split, tokenizer, layout, run.eval.limit)
         eval_lib.check(evaluator, held_out[name], name or run.data.name)
         best += [f"{evaluator}/{metric}" for metric in eval_lib.metrics(evaluator, held_out[name])]
     if run.eval.best:
@@ -179,7 +180,7 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
             data_set = eval_lib.named(evaluator)[1]
             subject = common.Subject(
                 mixture.one(run, data_set), stream.layout, stream.tokenizer, mesh, eval_step, params,
-                stream.held_out[data_set], "validation", check,
+                stream.held_out[data_set], run.eval.split, check,
             )  # fmt: skip
             result = eval_lib.run(evaluator, subject)
             results |= {f"{evaluator}/{key}": float(value) for key, value in result.metrics.items()}
@@ -293,7 +294,8 @@ def summary(stream: Stream, params, mesh, start: int) -> str:
     fit, share = packing.fits(needs, layout), packing.used(needs, layout, stream.plan.epoch(0))
     many = {m: int(needs[fit, 1 + 2 * k].sum()) for k, m in enumerate(batch_lib.MEDIA) if layout.items[k]}
     names = ", ".join(run.data.mixture) or run.data.name
-    dropped = f"; {(~fit).sum():,} dropped, which no row can hold" if not fit.all() else ""
+    lost = {part.name: int((~packing.fits(part.needs(0), layout)).sum()) for part in getattr(source, "parts", [source])}
+    dropped = "".join(f"; {n:,} of {name} dropped, which no row can hold" for name, n in lost.items() if n)
     modules = ", ".join(f"{name} {n:,}" for name, n in counts.items())
     return "\n".join([
         f"parameters  {sum(counts.values()):,} ({modules})",

@@ -205,6 +205,8 @@ class Audio:
             raise InputError(f"audio.bins={self.bins} is more than 128: so narrow mel filters can hold no frequency")
         if self.position == "rope" and not self.encoder:
             raise InputError("audio.position='rope' is an encoder's: set audio.encoder, or another position")
+        if self.patch_norm and self.front == "conv":
+            raise InputError("audio.patch_norm=True is for audio.front='patch': set one of them otherwise")
 
 
 def _check_pixels(name: str, c: "Image | Video") -> None:

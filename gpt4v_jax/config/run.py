@@ -92,6 +92,7 @@ class Eval:
     best: str = ""  # the metric by which the best checkpoint is kept, as "evaluator/metric"
     best_mode: str = "max"  # max | min
     evaluators: tuple[str, ...] = ()  # names of gpt4v_jax.eval.EVALUATORS
+    split: str = "validation"  # of the evaluations during training; many sets of TFDS have "test" alone
 
     def __post_init__(self):
         one_of("best_mode", self.best_mode, ("max", "min"))

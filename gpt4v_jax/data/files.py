@@ -8,6 +8,7 @@ import array
 import contextlib
 import dataclasses
 import json
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ SUFFIXES = {
     "video": (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"),
     "audio": (".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"),
 }
+MEANT = {m: m for m in batch_lib.MEDIA} | {"picture": "image", "photo": "image", "clip": "video", "sound": "audio"}
+SLIP = re.compile(rf"({'|'.join(MEANT)})s?(_?(file|path|filename))?s?")  # "image_id" is none
 QUESTIONS = {"image": "describe the picture.", "video": "describe the clip.", "audio": "what is said?"}
 
 
@@ -189,7 +192,8 @@ class Llava:
     def __getitem__(self, i: int) -> dict:
         where, record = f"{self._path}: record {i}", self._records[i]
         if isinstance(record, dict) and "id" in record:
-            where += f", id {record['id']}".encode(errors="backslashreplace").decode()
+            name = str(record["id"])
+            where += f", id {name if name.isprintable() else _short(name)}"
         with _at(where):
             if not isinstance(record, dict):
                 raise BadMedium(f"{_short(record)} is no JSON object")
@@ -227,7 +231,7 @@ class Folder:
         described = set()
         for i in range(sum(map(len, self._lines))):
             with contextlib.suppress(BadRecord):
-                described.add(str(self._line(i)[1].get("file_name")).removeprefix("./"))
+                described.add(posixpath.normpath(str(self._line(i)[1].get("file_name"))))
         # A medium that no line names is a record, too: without a caption it is a bad one, not a forgotten one.
         found = (file.relative_to(path).as_posix() for file in path.rglob("*")
                  if _modality(file.name) and not file.is_dir())
@@ -302,8 +306,9 @@ def _media(record: dict, folder: Path) -> dict[str, list[File]]:
     """-> the files that a record names, by modality."""
     out = {}
     for key in record:  # a medium that a slip of the pen leaves out would be trained without
-        meant = next((m for m in batch_lib.MEDIA if key != m and key.lower().rstrip("s") == m), None)
-        if meant:
+        slip = SLIP.fullmatch(key.strip().lower())
+        if slip and key not in batch_lib.MEDIA:
+            meant = MEANT[slip[1]]
             raise BadMedium(f"the field {key!r} is not known: write {meant!r}, with a list where there are several")
     for modality in batch_lib.MEDIA:
         given = record.get(modality)

@@ -92,10 +92,11 @@ class Mixture:
     def __init__(self, parts, weights, seed: int):
         self.parts, self._seed = parts, seed
         self.layout, self.names = parts[0].layout, [part.name for part in parts]
+        for part in parts:
+            if not packing.fits(part.needs(0), self.layout).any():
+                raise config.InputError(f"{part.name}: {packing.NOTHING}, or leave it out of the mixture")
         # Windows of a text may be one fewer in another epoch.
-        self._sizes = [max(n - isinstance(p, Windows), min(n, 1)) for p in parts for n in [len(p.needs(0))]]
-        if 0 in self._sizes:
-            raise config.InputError(f"{self.names[self._sizes.index(0)]} has no record to train on: leave it out")
+        self._sizes = [max(n - isinstance(p, Windows), 1) for p in parts for n in [len(p.needs(0))]]
         self._taken = [max(round(w * n), 1) for w, n in zip(weights, self._sizes, strict=True)]
         self._starts = [0, *np.cumsum(self._taken).tolist()]
         self._order = functools.lru_cache(maxsize=4 * len(parts))(self._ordered)
@@ -137,12 +138,14 @@ class Tally:
     def __init__(self, source, plan: packing.RowPlan):
         self._source, self._plan, self._row = source, plan, 0
         self._parts = getattr(source, "parts", [source])
-        self._counts = [max(len(part.needs(0)), 1) for part in self._parts]
+        fitting = [packing.fits(part.needs(0), part.layout) for part in self._parts]
+        self._counts = [(max(int(fit.sum()), 1), int((~fit).sum())) for fit in fitting]
         self._totals = np.zeros((len(self._parts), 2 + len(batch_lib.MEDIA)), int)
 
     def to(self, row: int) -> dict[str, float]:
-        """-> {"data/NAME/epochs": ..., ".../tokens", ".../media", ".../bad"} of the rows before `row`; tiled pictures
-        count as their parts, and tokens are positions of the stream."""
+        """-> {"data/NAME/epochs": ..., ".../tokens", ".../media", ".../bad", ".../dropped"} of the rows before `row`;
+        tiled pictures count as their parts, tokens are positions of the stream. dropped: documents of an epoch that no
+        row can hold; `epochs` counts the others."""
         for r in range(self._row, row):
             epoch, numbers = self._plan.locate(r)
             needs = self._source.needs(epoch)
@@ -151,10 +154,10 @@ class Tally:
                 self._totals[k] += (1, needs[i][0], *needs[i][1::2])
         self._row = max(row, self._row)
         out = {}
-        for part, count, (documents, tokens, *media) in zip(
+        for part, (count, dropped), (documents, tokens, *media) in zip(
             self._parts, self._counts, self._totals.tolist(), strict=True
         ):
-            epochs = documents / count
-            out |= {f"data/{part.name}/epochs": epochs, f"data/{part.name}/tokens": tokens,
-                    f"data/{part.name}/media": sum(media), f"data/{part.name}/bad": len(part.bad.where)}  # fmt: skip
+            found = {"epochs": documents / count, "tokens": tokens, "media": sum(media), "bad": len(part.bad.where),
+                     "dropped": dropped}  # fmt: skip
+            out |= {f"data/{part.name}/{what}": value for what, value in found.items()}
         return out

@@ -18,6 +18,8 @@ from gpt4v_jax.data.chat import Document, Medium
 from gpt4v_jax.data.transforms import BadMedium
 
 OPEN_ROWS = 32  # rows that wait for a document that still fits
+NOTHING = ("there is no record to train on, or none that a row can hold: raise model.context, and of its media "
+           "config.data.image, video, audio (items, patches)")  # fmt: skip
 
 
 def plan_epoch(needs: np.ndarray, layout: batch_lib.Layout, seed: int | None, epoch: int) -> list[list[int]]:
@@ -50,7 +52,7 @@ def plan_epoch(needs: np.ndarray, layout: batch_lib.Layout, seed: int | None, ep
 
 def fits(needs: np.ndarray, layout: batch_lib.Layout) -> np.ndarray:
     """-> [n] bool: which documents a row can hold. media are never cut: what does not fit is left out, and counted."""
-    return (needs <= np.array(layout.room)).all(1)
+    return (needs.reshape(-1, len(layout.room)) <= np.array(layout.room)).all(1)
 
 
 def used(needs: np.ndarray, layout: batch_lib.Layout, rows: list[list[int]]) -> dict[str, float]:
@@ -82,10 +84,7 @@ class RowPlan:
             while self._starts[-1] <= row:
                 rows = len(self._plan(len(self._starts) - 1))
                 if not rows:
-                    raise config.InputError(
-                        "the data set has no record to train on, or none that a row can hold: raise model.context, and "
-                        "of its media config.data.image, video, audio (items, patches)"
-                    )
+                    raise config.InputError(f"{NOTHING}")
                 self._starts.append(self._starts[-1] + rows)
             epoch = bisect.bisect_right(self._starts, row) - 1
             return epoch, self._plan(epoch)[row - self._starts[epoch]]

@@ -22,14 +22,16 @@ class Windows:
         so much of the beginning."""
         end = [tokenizer.special["<end>"]] if "<end>" in tokenizer.special else []
         ids: list[int] = []
-        self._said, self._places = "", []  # in evaluation: all texts, and where in them each token ends
+        said, length, self._places = [], 0, []  # in evaluation: all texts, and where in them each token ends
         for number, text in enumerate(texts):
             ids += [*(end if number else []), *tokenizer.encode(text)]
             if seed is None:
-                places = [len(self._said) + place for place in tokenizer.ends_in(text)]
+                places = [length + place for place in tokenizer.ends_in(text)]
                 between = len(ids) - len(self._places) - len(places)
-                self._places += [len(self._said)] * between + places
-                self._said += text
+                self._places += [length] * between + places
+                said.append(text)
+                length += len(text)
+        self._said = "".join(said)
         self._ids = np.array(ids[: round(share * len(ids))], np.int32)
         self.name, self.layout = data.name, layout
         self._T, self._seed = min(data.window or layout.context, layout.context), seed

@@ -17,7 +17,7 @@ LONGER = 2  # an answer may be so many times as long as the longest true one
 
 
 def answers(subject: common.Subject) -> tuple[list[str], list[str]]:
-    """-> (what greedy decoding writes to each question, the true answers)."""
+    """-> (what greedy decoding writes to each question, the true answers), without white space at their ends."""
     model = GPT4V(subject.run.model, subject.layout, subject.run.compute)
     trained = Trained(subject.run, subject.layout, subject.tokenizer, subject.mesh, model, subject.params, 0)
     asked = sources.Questions(subject.source)
@@ -37,7 +37,7 @@ def answers(subject: common.Subject) -> tuple[list[str], list[str]]:
         padded = [prompts[i] for i in part] + [prompts[part[-1]]] * (rows - len(part))
         found = decode.generate(trained, padded, asked.read, longest)
         written |= {int(i): answer.text.strip() for i, answer in zip(part, found, strict=False)}
-    return [written[i] for i in range(len(prompts))], [turn.answer for _, turn in asked.items]
+    return [written[i] for i in range(len(prompts))], [turn.answer.strip() for _, turn in asked.items]
 
 
 def wer(subject: common.Subject) -> common.Result:
@@ -65,9 +65,11 @@ def bleu(subject: common.Subject) -> common.Result:
     # A sentence's counts, so that a draw of sentences needs no counting again.
     counts = np.array([_counts(metric.sentence_score(s, [t])) for s, t in zip(said, truth, strict=True)])
     low, high = common.bootstrap(lambda at: _bleu(counts[at].sum(0)), len(said))
-    chrf = sacrebleu.corpus_chrf(said, [truth]).score
+    chrf = sacrebleu.metrics.CHRF().corpus_score(said, [truth], n_bootstrap=common.DRAWS)
+    middle, half = chrf._mean, chrf._ci  # sacrebleu prints them; it has no public name for them
     right = np.array([s == t for s, t in zip(said, truth, strict=True)])
-    metrics = {"bleu": found.score, "bleu/low": low, "bleu/high": high, "chrf": chrf, "accuracy": right.mean()}
+    metrics = {"bleu": found.score, "bleu/low": low, "bleu/high": high, "chrf": chrf.score, "chrf/low": middle - half,
+               "chrf/high": middle + half, "accuracy": right.mean()}  # fmt: skip
     return common.Result(metrics, {"answers": (int(right.sum()), len(right))}, tuple(map(bool, right)))
 
 

@@ -112,6 +112,14 @@ def test_llava_bad_records(change, words, folder):
     assert bad(records, 2, "no JSON object") == f"{folder / 'train.json'}: record 2"
 
 
+@pytest.mark.parametrize("name, shown", [
+    ("caf\u00e9 7", "caf\u00e9 7"), ("a\n\x1b[31mskipped x:1", r"'a\n\x1b[31mskipped x:1'"), ("\udce9", r"'\udce9'"),
+])  # fmt: skip
+def test_an_id_writes_no_lines_of_its_own(name, shown, folder):
+    records = llava(folder, talk("x", " ", id=name))
+    assert bad(records, 0, "message 1 is empty") == f"{folder / 'train.json'}: record 0, id {shown}"
+
+
 @pytest.mark.parametrize("name, word", [
     ("none.png", "No such file"), ("empty.png", "0 bytes"), ("../secret.png", "leads out"), ("link.png", "leads out"),
     ("x/../../secret.png", "leads out"), ("loop.png", ""), ("sub.png", "no file"), ("a\0.png", "null"), ("", "no path"),
@@ -199,12 +207,20 @@ def test_jsonl(folder):
     (b'{"prefix": "<image> <image>", "suffix": "x", "image": "a.png"}', ["2 <image>", "1 under 'image'"]),
     (b'{"prefix": "what?", "suffix": "a", "images": ["a.png"]}', ["'images' is not known", "write 'image'"]),
     (b'{"prefix": "what?", "suffix": "a", "Audio": "a.wav"}', ["'Audio' is not known", "write 'audio'"]),
+    (b'{"prefix": "what?", "suffix": "a", "image ": "a.png"}', ["'image ' is not known", "write 'image'"]),
+    (b'{"prefix": "what?", "suffix": "a", "image_path": "a.png"}', ["'image_path' is not known", "write 'image'"]),
+    (b'{"prefix": "what?", "suffix": "a", "picture": "a.png"}', ["'picture' is not known", "write 'image'"]),
 ])  # fmt: skip
 def test_jsonl_bad_lines(line, words, folder):
     good = {"prefix": "x", "suffix": "y"}
     records = jsonl(folder, good, line, good)
     assert len(records) == 3 and records[2]["turns"] == [Turn("answer", ("x",), "y")]
     assert bad(records, 1, *words) == f"{folder / 'train.jsonl'}:2"
+
+
+def test_other_fields_are_of_no_concern(folder):
+    records = jsonl(folder, {"prefix": "x", "suffix": "y", "image_id": 3, "video_fps": 2, "source": "z"})
+    assert records[0]["turns"] == [Turn("answer", ("x",), "y")]
 
 
 def test_jsonl_is_not_held_in_memory(folder):
@@ -241,7 +257,7 @@ def test_folder(tmp_path):
 
 @pytest.mark.parametrize("metadata", files.METADATA)
 def test_folder_with_metadata(metadata, folder, tmp_path):
-    lines = [{"file_name": "./b.png", "text": "two"}, {"file_name": "a.png"}, 3, {"file_name": "x.doc", "text": "x"},
+    lines = [{"file_name": ".//b.png", "text": "two"}, {"file_name": "a.png"}, 3, {"file_name": "x.doc", "text": "x"},
              {"file_name": "d.wav", "text": "words"}]  # fmt: skip
     (folder / metadata).write_text("\n".join(map(json.dumps, lines)))
     (folder / "c.txt").write_text("a clip")

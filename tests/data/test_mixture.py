@@ -235,7 +235,8 @@ def naive(batches) -> dict[str, float]:
                 one[2] += int((tokens[at] == tiny.SPECIAL["<image>"]).sum()) // 4
     names = {f"data/part {k}/": n for k, n in counts.items()}
     return {f"{name}{what}": value for name, (n, tokens, media) in names.items()
-            for what, value in (("epochs", n / SIZES[int(name[-2])]), ("tokens", tokens), ("media", media), ("bad", 0))}
+            for what, value in (("epochs", n / SIZES[int(name[-2])]), ("tokens", tokens), ("media", media), ("bad", 0),
+                                ("dropped", 0))}
 
 
 def test_the_tally_is_what_was_read(whole):
@@ -251,6 +252,24 @@ def test_the_tally_is_what_was_read(whole):
     source.parts[1].bad.where["a"] = "why"
     assert tally.to(28)["data/part 1/bad"] == 1
     assert sum(value for name, value in read.items() if name.endswith("media")) > 20
+
+
+def test_documents_that_no_row_can_hold_are_counted_and_are_no_part_of_an_epoch():
+    long = Part(1, 4)
+    long.pieces = lambda epoch, i: [*Part.pieces(long, epoch, i), chat.Piece("user", (FIRST,) * 30 * (i < 3))]
+    source = mixture.Mixture([Part(0, 6), long], (1.0, 1.0), 3)
+    plan = packing.RowPlan(source.needs, LAYOUT, seed=5)
+    read = mixture.Tally(source, plan).to(len(plan.epoch(0)))
+    assert (read["data/part 1/epochs"], read["data/part 1/dropped"]) == (1.0, 3)
+    assert (read["data/part 0/epochs"], read["data/part 0/dropped"]) == (1.0, 0)
+
+
+def test_a_source_of_which_no_row_can_hold_anything():
+    """It would be left out silently."""
+    long = Part(1, 4)
+    long.pieces = lambda epoch, i: [chat.Piece("user", (FIRST,) * 30), chat.Piece("assistant", (FIRST,))]
+    with pytest.raises(config.InputError, match="part 1: there is no record .* that a row can hold: raise model.conte"):
+        mixture.Mixture([Part(0, 6), long], (1.0, 1.0), 3)
 
 
 def test_the_tally_of_a_source_alone():

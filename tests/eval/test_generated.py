@@ -59,7 +59,9 @@ def test_bleu_of_the_counts_is_the_corpus_s(said):
         assert generated._bleu(counts[list(at)].sum(0)) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("evaluator, name", [(generated.wer, "wer"), (generated.bleu, "bleu")])
+@pytest.mark.parametrize("evaluator, name", [
+    (generated.wer, "wer"), (generated.bleu, "bleu"), (generated.bleu, "chrf"),
+])  # fmt: skip
 def test_intervals(evaluator, name, caplog):
     """They contain the value, shrink with more sentences, and are the same each time."""
     widths = []
@@ -94,7 +96,8 @@ def asked(rows: int, questions=QUESTIONS, bad=()) -> common.Subject:
             return b"no picture" if int(self.path) in bad else good
 
     for i, question in enumerate(questions):
-        turns = [files.Turn("k", (Given("image", str(i)), question), f"answer {i}")]
+        ends = "\n" if i == 6 else ""  # which is no part of an answer
+        turns = [files.Turn("k", (Given("image", str(i)), question), f"answer {i}{ends}")]
         turns += [files.Turn("k", ("and?",), "last")] * (i == 1)
         records.append({"where": f"file:{i}", "turns": turns})
     data = config.Data(name="given", bad=1.0)
@@ -137,7 +140,7 @@ def test_every_question_is_asked_once_and_answered_in_its_place(rows):
     assert [len(batch) for batch in batches] == [rows] * -(-len(ALL) // rows), "one shape"
     flat = [text for batch in batches for text in batch]
     assert sorted(flat[: len(ALL)]) == sorted(ALL) and set(flat[len(ALL) :]) <= {flat[len(ALL) - 1]}
-    assert longest == 2 * len("answer 0") + 1
+    assert longest == 2 * len("answer 6\n") + 1
 
 
 def test_a_prompt_that_cannot_be_read_is_a_wrong_answer():

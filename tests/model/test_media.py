@@ -225,6 +225,7 @@ def test_native_pictures_and_tiles_take_what_their_shape_asks_for():
     ({"image": {"tiles": 1}}, "image.tiles=1"),
     ({"image": {"tiles": 2, "resize": "native"}}, "tiles=2 with image.resize='native': .* raise image.size instead"),
     ({"image": {"tiles": 2, "resize": "pad"}}, "tiles=2 with image.resize='pad': .* resized square"),
+    ({"media": True, "audio": {"front": "conv", "patch_norm": True}}, "patch_norm=True is for audio.front='patch'"),
     ({"media": True, "audio": {"front": "conv1d"}}, "front='conv1d' is none of patch, conv .did you mean 'conv'"),
     ({"media": True, "video": {"size": 5}}, "video.size=5 is not a multiple of video.patch=2"),
 ])  # fmt: skip

@@ -10,9 +10,9 @@ import tensorflow_datasets as tfds
 from gpt4v_jax.data.datasets import raw
 from gpt4v_jax.data.datasets.digits_world import png
 
-SOURCE = ("Any copy of the four original IDX files, packed by gzip, will do, such as torchvision's MNIST; "
-          "ours were made from github.com/rasbt/mnist-pngs @ d26bd33bf1e454dd15bd4fe8b8ba64c76308f91c, which has them "
-          "as 70,000 pictures")
+# TFDS's own. Any copy of the four original files will do; ours were made from the 70,000 pictures of
+# github.com/rasbt/mnist-pngs @ d26bd33bf1e454dd15bd4fe8b8ba64c76308f91c, and what they unpack to is the same.
+SOURCE = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte.gz": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte.gz": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -23,10 +23,10 @@ TRAIN = 55_000  # of the 60,000; the others are `validation`
 QUESTION = "which digit is this?"
 
 
-def arrays(manual: str, name: str = "mnist") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def arrays(manual: str, name: str = "mnist", download=None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """-> "train" and "t10k": pictures uint8 [n, 28, 28], 0 is paper and 255 is ink; classes uint8 [n]. `name`: the data
-    set that asks, for messages."""
-    files = raw.read(name, "img-mnist", SHA256, manual, SOURCE)
+    set that asks, for messages; `download(url)` -> the path of a file that is not in `manual`."""
+    files = raw.read(name, "img-mnist", SHA256, manual, SOURCE, download)
     # IDX: a header of 16 bytes for pictures and of 8 for labels, then the values.
     return {part: (np.frombuffer(files[f"{part}-images-idx3-ubyte.gz"], np.uint8, offset=16).reshape(-1, 28, 28),
                    np.frombuffer(files[f"{part}-labels-idx1-ubyte.gz"], np.uint8, offset=8))
@@ -51,7 +51,7 @@ class MNIST(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        parts = arrays(raw.manual_dir(dl_manager))
+        parts = arrays(raw.manual_dir(dl_manager), download=dl_manager.download)
         pictures, classes = parts["train"]
         return {
             "train": self._generate_examples(pictures[:TRAIN], classes[:TRAIN]),

@@ -178,7 +178,7 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        parts = mnist.arrays(raw.manual_dir(dl_manager), "moving_digits")
+        parts = mnist.arrays(raw.manual_dir(dl_manager), "moving_digits", dl_manager.download)
         half = len(parts["t10k"][0]) // 2
         first, second = (tuple(array[cut] for array in parts["t10k"]) for cut in (slice(half), slice(half, None)))
         of_split = zip(SPLITS, (parts["train"], first, second), strict=True)

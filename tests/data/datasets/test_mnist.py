@@ -7,7 +7,6 @@ import pathlib
 import numpy as np
 import pytest
 
-from gpt4v_jax.config import InputError
 from gpt4v_jax.data import datasets
 from gpt4v_jax.data.datasets import mnist
 
@@ -42,9 +41,12 @@ def test_records(monkeypatch, tmp_path):
                                        "answer": [str(digit).encode()]}
 
 
-def test_there_is_no_download_and_the_message_says_why(tmp_path):
-    with pytest.raises(InputError, match="no download.*t10k-labels-idx1-ubyte.gz into a folder.*rasbt/mnist-pngs"):
-        datasets.prepare("mnist", str(tmp_path), str(tmp_path))
+def test_files_are_fetched_where_the_folder_has_none(monkeypatch, tmp_path):
+    fake(monkeypatch, tmp_path, {part: (np.zeros((2, 28, 28), np.uint8), np.arange(2)) for part in ("train", "t10k")})
+    asked = []
+    parts = mnist.arrays("", download=lambda url: asked.append(url) or str(tmp_path / url.rpartition("/")[2]))
+    assert parts["t10k"][1].tolist() == [0, 1]
+    assert asked == [f"https://storage.googleapis.com/cvdf-datasets/mnist/{file}" for file in mnist.SHA256]
 
 
 @pytest.mark.skipif(not (REAL / "img-mnist").is_dir(), reason="the real files are not here")
