@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import omni
 from gpt4v_jax import config, evaluate, report
-from gpt4v_jax.training import metrics
+from gpt4v_jax.data import mixture, packing, sources
+from gpt4v_jax.eval import common
+from gpt4v_jax.training import metrics, workdir
+from gpt4v_jax.training import step as step_lib
 from tests.data.test_clip import encode
 from tests.data.test_media import png
 from tests.generate.test_command import say
@@ -239,3 +243,33 @@ def test_a_medium_for_a_model_without(folder, tmp_path, capsys, monkeypatch):
         status, _, err = say(capsys, monkeypatch, f"--workdir={tmp_path}", "--prompt=x", f"--{flag}=x")
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
         assert f"reads no {flag}: leave --{flag} out" in err
+
+
+def test_whose_media_an_answer_reads(folder, monkeypatch):
+    """benchmarks.omni: documents of all data sets share rows; other media move their own data set's loss alone."""
+    pictures, clips, sounds, texts = names(folder)
+    monkeypatch.setattr(omni, "MODALITY", {texts: "text", pictures: "image", clips: "video", sounds: "audio"})
+    trained = workdir.restore(folder)
+    opened = {
+        name: common.open_source(mixture.one(trained.run, name), "validation", trained.tokenizer, trained.layout)
+        for name in omni.MODALITY
+    }
+    together = omni.Together([sources.Questions(source) for source in opened.values()])
+    assert sorted(together.owner) == [k for k in range(4) for _ in range(4)] and len(set(together.owner[:4])) > 1
+    row = packing.plan_epoch(together.needs(0), trained.layout, None, 0)[0]
+    assert len({together.owner[i] for i in row}) > 1, "a row of several data sets"
+    subject = common.Subject(
+        trained.run, trained.layout, trained.tokenizer, trained.mesh, jax.jit(step_lib.make_eval_step(trained.model)),
+        trained.params, None, "validation",
+    )  # fmt: skip
+    plain = omni.losses(subject, opened)
+    for name, source in opened.items():
+        nats, tokens, _ = common.score(subject, sources.Questions(source))
+        assert plain[name] == pytest.approx(nats.sum() / tokens.sum(), abs=1e-5)
+    for changed in (pictures, clips, sounds):
+        for how in ("blanked", "exchanged"):
+            now = omni.losses(subject, opened, changed, how)
+            moved = {name for name in opened if abs(now[name] - plain[name]) > 1e-5}
+            assert moved == {changed}, how
+    lines = omni.isolation(trained)
+    assert len(lines) == 3 + 2 * 3 and lines[2].split(" | ")[1] == f"{plain[texts]:.3f}"

@@ -62,18 +62,33 @@ def row(module, *documents: chat.Document) -> batch_lib.Batch:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_packed_rows_equal_separate_rows(name):
-    """All modalities mixed in a row; two pictures side by side; a medium first, and last."""
-    module, _ = made(name)
-    texts = ("i S3 U2 A2", "U1 i V", "S U1 A1 i A2")
-    documents = [document(text, module.layout, seed) for seed, text in enumerate(texts)]
-    packed = forward(name)(row(module, *documents))[0]
+@pytest.mark.parametrize("texts", [
+    ("i S3 U2 A2", "U1 i V", "S U1 A1 i A2"), ("I I U1 A2", "S3 U1 A1 i"), ("U1 A1 I", "V i i A1"),
+])  # fmt: skip
+def test_packed_rows_equal_separate_rows(name, texts):
+    """All modalities mixed in a row; two pictures side by side; a medium first, and last; a tiled one ("I", of "rope")
+    as the first and the last thing, beside another tiled one."""
+    model, params = made(name)
+    room = batch_lib.layout(model.config, config.Data(image=config.Budget(8, 40), video=DATA.video, audio=DATA.audio))
+    module = model.clone(layout=room)
+    whole = jax.jit(lambda batch: step_lib.forward(module, params, batch))
+    documents = [document(text, room, seed) for seed, text in enumerate(texts)]
+    assert len(room.views("image", (4, 9))) == (3 if name == "rope" else 1)
+    packed = whole(row(module, *documents))[0]
     start = 0
     for one in documents:
-        alone = forward(name)(row(module, one))[0]
+        alone = whole(row(module, one))[0]
         np.testing.assert_allclose(packed[start : start + len(one)], alone[: len(one)], atol=1e-5)
         start += len(one)
     assert start <= T and np.ptp(packed) > 1
+
+
+def test_tiles_are_items_of_their_own():
+    """An encoder reads each by itself."""
+    module, _ = made("rope")
+    item = row(module, document("I U1 A1", module.layout)).image.item[0]
+    views = module.layout.views("image", (4, 9))
+    assert item[item > 0].tolist() == [n for n, view in enumerate(views, 1) for _ in range(len(view))]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
