@@ -145,9 +145,9 @@ def page(runs: Path) -> str:
         "## Whose media an answer reads", "",
         f"The joint model, {RECORDS} validation records of each data set and the validation text, packed into the same",
         "rows: by how many nats a token the loss on each data set's answers rises when the media of one are made grey",
-        "or silent, or exchanged with those of another record. Bars: +0.3 or more on the diagonal, at most 0.02 off it,",
-        "and of the rows 95 % of the positions and 85 % of the patches. Each question is a document with one medium, and",
+        "or silent, or exchanged with those of another record. Each question is a document with one medium, and",
         "documents do not see each other: what is off the diagonal checks the packing, not what the model has learnt.",
+        "Bars: +0.3 or more on the diagonal and at most 0.02 off it; of rows, 95 % of positions and 85 % of patches.",
         "", *isolation(trained),
     ]) + "\n"  # fmt: skip
 

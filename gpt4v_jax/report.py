@@ -170,8 +170,8 @@ def _curves(lines: list[dict]) -> str:
 
     if not series("loss"):
         return ""
-    held_out = [(name, "validation", B) for name in ("questions", "windows")]
-    held_out.append(("permuted", "validation, permuted media", C))
+    held_out = [(name, "held out", B) for name in ("questions", "windows")]
+    held_out.append(("permuted", "held out, permuted media", C))
     # Of a mixture, each data set by its name.
     of_sets = sorted({key.partition("/loss")[0] for line in lines for key in line if re.match(r"\w+@.*/loss$", key)})
     sets = [name for name in of_sets if not name.startswith(("permuted", "blanked"))]
@@ -185,11 +185,11 @@ def _curves(lines: list[dict]) -> str:
     if kinds and len(series(kinds[0])) > 1:
         colours = (A, B, D, FAINT)
         named = [(key.split("/")[2], series(key), colours[i % 4]) for i, key in enumerate(kinds)]
-        drawn.append(plots.curves("validation questions right, by kind (share)", named, top=1))
+        drawn.append(plots.curves("held-out questions right, by kind (share)", named, top=1))
     for name, metric in SCORES.items():
         if len(series(f"{name}/{metric}")) > 1:
             label = common.OTHERS.get(metric, RECALL)
-            drawn.append(plots.curves(f"validation, {label}", [("", series(f"{name}/{metric}"), B)]))
+            drawn.append(plots.curves(f"held out, {label}", [("", series(f"{name}/{metric}"), B)]))
     if len(series("tokens_per_second")) > 1:
         drawn.append(plots.curves("tokens a second, mean since the start", [("", series("tokens_per_second"), A)]))
     return f'<div class="charts">{"".join(drawn)}</div>'

@@ -177,6 +177,7 @@ def ran(capsys, *args) -> str:
     ("--config.eval.best=questions/acuracy", ["config.eval", "best='acuracy'", "'accuracy'"]),
     ("--config.eval.best=questions/accuracy/whta", ["config.eval.best='questions/accuracy/whta'", "accuracy/what"]),
     ("--config.eval.best=questions/bleu", ["config.eval.best='questions/bleu'", "questions/accuracy"]),
+    ("--config.eval.split=tset", ["split 'tset' of digits_world/small is none of", "did you mean 'test'"]),
     ("--config.eval.evaluators=()", ["needs the evaluator 'questions'"]),
     ("--config.eval.evaluators=('questions','windows')", ["no plain text", "'questions'"]),
     ("--config.batch=0", ["batch=0 must be 1 or more"]),
@@ -377,6 +378,6 @@ def test_a_line_an_epoch():
     """Means since the last line; an epoch that ends between two evaluations shows the last one, and says so."""
     since, results = [(2.0, 0.5), (1.0, 1.0)], {"questions/loss": 0.25, "questions/accuracy/what": 0.5}
     said = "epoch 3 step 20  loss 1.5000  token accuracy 0.7500"
-    assert metrics.epoch_line(20, 3, since, results, 20) == f"{said}  | validation questions/loss 0.2500"
-    assert metrics.epoch_line(20, 3, since, results, 10) == f"{said}  | validation of step 10 questions/loss 0.2500"
+    assert metrics.epoch_line(20, 3, since, results, 20) == f"{said}  | held out questions/loss 0.2500"
+    assert metrics.epoch_line(20, 3, since, results, 10) == f"{said}  | held out of step 10 questions/loss 0.2500"
     assert metrics.epoch_line(20, 3, since, {}, 0) == said

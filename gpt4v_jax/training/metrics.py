@@ -192,7 +192,7 @@ def epoch_line(step: int, epoch: int, since, results: dict[str, float], evaluate
     loss, accuracy = (sum(float(x) for x in column) / len(since) for column in zip(*since, strict=True))
     held_out = "  ".join(f"{name} {value:.4f}" for name, value in results.items() if _main(name))
     at = "" if evaluated == step else f" of step {evaluated}"
-    held_out = f"  | validation{at} {held_out}" if held_out else ""
+    held_out = f"  | held out{at} {held_out}" if held_out else ""
     return f"epoch {epoch} step {step}  loss {loss:.4f}  token accuracy {accuracy:.4f}{held_out}"
 
 

@@ -8,8 +8,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from gpt4v_jax import config
 from gpt4v_jax.config import InputError
-from gpt4v_jax.data import datasets
+from gpt4v_jax.data import datasets, sources
 from gpt4v_jax.data.datasets import public
 from gpt4v_jax.data.transforms import BadMedium
 
@@ -85,6 +86,17 @@ def round_trip(tmp_path, features, *records):
 
 def asked(record):
     return [(q["kind"], q["question"], q["answer"]) for q in record["questions"]]
+
+
+def test_a_run_reads_it_by_its_name(tmp_path, manual):
+    """Also where it has no validation split."""
+    data = config.Data(name="tfds:tiny_public_labels", cache=str(tmp_path / "cache"), dir=manual)
+    assert sources.splits(data) == ["train"]
+    records = list(sources.usable(sources.open_split(data, "train"), data))
+    assert sorted(a for record in records for _, _, a in sources.asked(record)) == ["cat", "dog", "dog"]
+    assert all(modality == "image" for record in records for modality, _ in sources.media_of(record))
+    with pytest.raises(InputError, match="split 'validation' of tfds:tiny_public_labels is none of: train"):
+        sources.open_split(data, "validation")
 
 
 def test_prepared_here_and_found_again(tmp_path, manual, capsys, monkeypatch):
