@@ -3,7 +3,8 @@
 python -m gpt4v_jax.train --config configs/easyvqa.py --workdir runs/easyvqa
 python -m gpt4v_jax.train --config configs/easyvqa.py:pictures=blank --workdir runs/easyvqa_blank
 
-Measured: not yet; `make modalities` does it.
+Measured: 0.961 (0.955 to 0.967) of the 9,673 test questions, in 28.6 minutes on one core of two, beside other work, at
+585d5e6; counted answers 0.668, permuted pictures 0.592: docs/results/modalities.md
 """
 
 from gpt4v_jax import config as config_lib
