@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import struct
 
 import numpy as np
@@ -23,17 +22,6 @@ UPRIGHT = {  # orientation -> what makes it 1; from 5 on a picture lies on its s
 
 class BadMedium(config.InputError):
     """A picture, sound or clip that cannot be used: not one, damaged, empty or too large. The message says which."""
-
-
-def load_picture(path: str | os.PathLike, size: int) -> np.ndarray:
-    """A picture file -> uint8 [size, size, 3]. Raises InputError, naming the file, when it is none."""
-    try:
-        with open(path, "rb") as file:
-            return decode_picture(file.read(), size)
-    except OSError as error:
-        raise config.InputError(f"{os.fspath(path)}: {error.strerror or 'cannot be read'}") from error
-    except BadMedium as error:
-        raise BadMedium(f"{os.fspath(path)}: {error}") from error
 
 
 def decode_picture(data: bytes, size: int) -> np.ndarray:
@@ -92,6 +80,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB. 16-bit grey is scaled by its range; Pillow alone would clip it to white."""
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture, np.float32)
+        if not np.isfinite(values).all():
+            raise BadMedium("a picture with values that are not finite")
         top = 65535.0 if picture.mode.startswith("I") else max(float(values.max()), 1.0)
         picture = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
     if picture.has_transparency_data:
