@@ -8,8 +8,9 @@ from gpt4v_jax import config
 from gpt4v_jax.training import steps
 
 
-def make_runs(runs: Path, commands: dict[str, list[str]]) -> None:
-    """commands: {workdir: what gpt4v_jax.train is to be told}, in their order. A run that was cut off goes on, one that
+def make_runs(runs: Path, commands: dict[str, list[str]], evaluations: dict[str, list[list[str]]] | None = None):
+    """commands: {workdir: what gpt4v_jax.train is to be told}, in their order; evaluations: {workdir: what each
+    gpt4v_jax.evaluate is to be told}, once and nothing where it is not in it. A run that was cut off goes on, one that
     is done and was evaluated is left alone. Raises InputError where one fails."""
     for name, arguments in commands.items():
         folder = runs / name
@@ -18,7 +19,8 @@ def make_runs(runs: Path, commands: dict[str, list[str]]) -> None:
         _run("train", folder, *arguments)
         last = str(steps.finished(folder / "checkpoints")[-1])
         if not done.is_file() or done.read_text() != last:
-            _run("evaluate", folder)
+            for told in (evaluations or {}).get(name, [[]]):
+                _run("evaluate", folder, *told)
             done.write_text(last)
 
 

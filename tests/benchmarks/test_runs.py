@@ -30,8 +30,9 @@ def test_runs(tmp_path, monkeypatch):
     trained = [("train", "one", "--config=a.py"), ("train", "two", "--config=b.py", "--x")]
     assert said == [trained[0], ("evaluate", "one"), trained[1], ("evaluate", "two")]
     status.clear(), said.clear()
-    make_runs(tmp_path, commands)
-    assert said == [*trained, ("evaluate", "two")], "train finds out itself that nothing is left"
+    make_runs(tmp_path, commands, {"two": [["--split=a"], ["--split=b"]]})
+    last = [("evaluate", "two", "--split=a"), ("evaluate", "two", "--split=b")]
+    assert said == [*trained, *last], "train finds out itself that nothing is left"
 
 
 def test_every_row_has_its_run():
