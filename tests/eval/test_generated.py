@@ -78,6 +78,10 @@ def test_the_interval_of_a_model_that_has_learnt_nothing():
     """Some words are right, never four in a row."""
     m = scored(generated.bleu, REVERSED * 4, TRUTH * 4).metrics
     assert 0 < m["bleu"] < 10 and m["bleu/low"] < m["bleu"] < m["bleu/high"]
+    nothing = scored(generated.bleu, ["", "zzz"], ["a cat", "a dog"]).metrics
+    assert nothing["chrf"] == nothing["chrf/low"] == nothing["chrf/high"] == 0
+    some = scored(generated.bleu, ["a cat", ""], ["a cat", "b"]).metrics
+    assert some["chrf/low"] == 0 < some["chrf"] <= some["chrf/high"] == 100
 
 
 # ---- the questions
