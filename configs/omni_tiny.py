@@ -9,7 +9,7 @@ python -m gpt4v_jax.train --config configs/omni_tiny.py:only=fsdd/george --workd
     --config.data.tokenizer=runs/omni_tiny/tokenizer.json
 
 Measured together against alone, at 2602aa2, 47 minutes on one core of two: easy-VQA's test questions 0.841 against
-0.795, moving digits' 0.521 against 0.524, digits said by known speakers 0.924 against 0.956 (of 250), Song lyrics 5.365
+0.795, moving digits' 0.521 against 0.524, digits said by known speakers 0.924 against 0.956 (of 250), songci 5.365
 against 5.352 nats a character that is no white space: docs/results/omni.md
 """
 

@@ -84,7 +84,7 @@ class RowPlan:
             while self._starts[-1] <= row:
                 rows = len(self._plan(len(self._starts) - 1))
                 if not rows:
-                    raise config.InputError(f"{NOTHING}")
+                    raise config.InputError(NOTHING)
                 self._starts.append(self._starts[-1] + rows)
             epoch = bisect.bisect_right(self._starts, row) - 1
             return epoch, self._plan(epoch)[row - self._starts[epoch]]
