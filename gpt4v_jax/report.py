@@ -32,6 +32,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", a
 _BLANK = flags.DEFINE_string("blank", None, "of the same model trained on blank pictures: a blind baseline")
 
 SHOWN, EXPLAINED = 24, 4  # questions in the grid; and with maps of attention
+SAMPLE = 256  # tokens of a text, its given beginning and what the model writes
 FRAMES = 6  # of a clip that are shown
 EVALUATORS = {"questions": "model", "permuted": "permuted pictures", "blank": "blank training",
               "counted": "counted answers"}  # as the page calls them  # fmt: skip
@@ -196,11 +197,21 @@ def _curves(lines: list[dict]) -> str:
 
 
 def _kinds(results: dict[str, dict[str, Found]]) -> str:
-    """Two plots side by side, and their table."""
+    """Plots side by side and their table, of the splits that share kinds: each data set of a mixture has its own."""
     splits = [split for split in results if "questions" in results[split]]
     splits = [split for split in splits if split in ("test", "compositional")] or splits
-    if not splits:
-        return ""
+    kinds = {split: results[split]["questions"].result.kinds.keys() for split in splits}
+    groups: list[list[str]] = []
+    for split in splits:
+        like = next((group for group in groups if kinds[group[0]] & kinds[split]), None)
+        if like:
+            like.append(split)
+        else:
+            groups.append([split])
+    return "".join(_of_kinds(results, group) for group in groups)
+
+
+def _of_kinds(results: dict[str, dict[str, Found]], splits: list[str]) -> str:
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
     first = results[splits[0]]["questions"]
     rows = [*sorted(first.result.kinds, key=lambda kind: -first.result.share(kind)[0]), "all"]
@@ -311,18 +322,19 @@ def _samples(trained: workdir.Trained) -> str:
     """How the model goes on with the beginnings of some windows of the held-out text."""
     split = [split for split in sources.splits(trained.run.data) if split != "train"][-1]
     source = common.open_source(trained.run, split, trained.tokenizer, trained.layout)
-    count, context, sampling = len(source.needs(0)), trained.layout.context, sample.Sampling(temperature=0.8)
+    count, sampling = len(source.needs(0)), sample.Sampling(temperature=0.8)
+    length = min(trained.layout.context, SAMPLE)
     windows = np.random.default_rng(0).choice(count, min(4, count), replace=False)
-    given = [trained.tokenizer.decode(source.document(0, int(i)).tokens[: context // 4]) for i in windows]
+    given = [trained.tokenizer.decode(source.document(0, int(i)).tokens[: length // 4]) for i in windows]
     prompts = [decode.prompt(trained, text) for text in given]
-    answers = decode.generate(trained, prompts, None, context, sampling)
+    answers = decode.generate(trained, prompts, None, length - length // 4, sampling)
     texts = "".join(
         f'<pre class="sample"><span class="given">{html.escape(text)}</span>{html.escape(answer.text)}</pre>'
         for text, answer in zip(given, answers, strict=True)
     )
     said = f"In grey, beginnings drawn at random from the {split} split (seed 0, not picked by hand); then what the "
-    said += f"checkpoint of step {trained.step:,} writes at temperature {sampling.temperature}, to the end of its "
-    return f'<p class="note">{said}context of {context} tokens.</p><div class="charts">{texts}</div>'
+    said += f"checkpoint of step {trained.step:,} writes at temperature {sampling.temperature}, up to "
+    return f'<p class="note">{said}{length} tokens in all.</p><div class="charts">{texts}</div>'
 
 
 def _made(environment: dict) -> list[tuple[str, str]]:

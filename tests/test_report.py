@@ -142,6 +142,17 @@ def test_the_newest_result_is_shown(tmp_path):
     assert found.result.share()[0] == 3 / 8
 
 
+def test_each_data_set_of_a_mixture_has_its_own_kinds():
+    def result(**kinds):
+        return {"questions": report.Found(3, common.Result({}, kinds))}
+
+    drawn = report._kinds({"a-test": result(what=(1, 2), where=(2, 2)), "b-test": result(digit=(3, 4)),
+                           "a-validation": result(where=(1, 4))})  # fmt: skip
+    tables = [part.partition("</table>")[0] for part in drawn.split("<table>")[1:]]
+    assert [re.findall("<td>([a-z]+)</td>", table) for table in tables] == [["where", "what", "all"], ["digit", "all"]]
+    assert "a-validation" in tables[0] and "b-test" in tables[1] and "nan" not in tables[1]
+
+
 @pytest.fixture
 def blank(folder, page, tmp_path):  # noqa: F811
     """-> the workdir of a run on blank pictures, with its own results, which answer nothing right."""
