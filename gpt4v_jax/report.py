@@ -208,10 +208,14 @@ def _kinds(results: dict[str, dict[str, Found]]) -> str:
             like.append(split)
         else:
             groups.append([split])
-    return "".join(_of_kinds(results, group) for group in groups)
+    if not groups:
+        return ""
+    drawn, tables = zip(*(_of_kinds(results, group) for group in groups), strict=True)
+    return f'<div class="charts">{"".join(drawn)}</div>{"".join(tables)}'
 
 
-def _of_kinds(results: dict[str, dict[str, Found]], splits: list[str]) -> str:
+def _of_kinds(results: dict[str, dict[str, Found]], splits: list[str]) -> tuple[str, str]:
+    """-> (a plot of each split, the table of all)."""
     names = [name for name in EVALUATORS if any(name in results[split] for split in splits)]
     first = results[splits[0]]["questions"]
     rows = [*sorted(first.result.kinds, key=lambda kind: -first.result.share(kind)[0]), "all"]
@@ -234,7 +238,7 @@ def _of_kinds(results: dict[str, dict[str, Found]], splits: list[str]) -> str:
         series = [(EVALUATORS[n], [one.share(kind) for kind in rows], BAR[n]) for n, one in found.items()]
         drawn += plots.bars(split, rows, series)
     table = f"<table><thead><tr>{above}<tr>{below}</thead><tbody>{body}</tbody></table>"
-    return f'<div class="charts">{drawn}</div><div class="scroll">{table}</div>'
+    return drawn, f'<div class="scroll">{table}</div>'
 
 
 def _told(trained: workdir.Trained) -> tuple[str, str]:
