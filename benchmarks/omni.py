@@ -149,6 +149,7 @@ def page(runs: Path) -> str:
         "documents do not see each other: what is off the diagonal checks the packing, not what the model has learnt.",
         "Bars: +0.3 or more on the diagonal and at most 0.02 off it; of rows, 95 % of positions and 85 % of patches.",
         "", *isolation(trained),
+        "", "![What the joint model writes and answers, from its report](omni.png)",
     ]) + "\n"  # fmt: skip
 
 
