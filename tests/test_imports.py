@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ARROWS = [
     {"config"}, {"batch", "sharding", "command"}, {"model", "data"}, {"training"}, {"interop"}, {"generate"},
-    {"interpret"}, {"eval", "serve", "plots"}, {"train", "evaluate", "report", "plan"},
+    {"interpret", "plots"}, {"eval", "serve"}, {"train", "evaluate", "report", "plan"},
     {"configs", "experiments", "benchmarks"},
 ]  # fmt: skip
 LEVEL = {unit: level for level, units in enumerate(ARROWS) for unit in units}

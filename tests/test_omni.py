@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks import omni
 from gpt4v_jax import config, evaluate, report
 from gpt4v_jax.data import mixture, packing, sources
-from gpt4v_jax.eval import common
+from gpt4v_jax.eval import common, shown
 from gpt4v_jax.training import metrics, workdir
 from gpt4v_jax.training import step as step_lib
 from tests.data.test_clip import encode
@@ -196,7 +196,7 @@ def test_the_report_shows_every_kind(folder):
     for image in page.of("img"):
         picture = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
         sizes.setdefault(image["alt"], set()).add(picture.size[0] / picture.size[1])
-    assert sizes["describe the picture."] == {1.0} and sizes["describe the clip."] == {report.FRAMES}
+    assert sizes["describe the picture."] == {1.0} and sizes["describe the clip."] == {shown.FRAMES}
     assert sizes["what is said?"] == {25 / 8} and "English: ein Hund" in page.words
     assert "mean of layers" in sizes, "maps of attention"
     for name in names(folder):

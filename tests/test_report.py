@@ -17,7 +17,7 @@ from PIL import Image
 from gpt4v_jax import config, evaluate, report, train
 from gpt4v_jax.data import sources
 from gpt4v_jax.data.datasets.digits_world import KINDS
-from gpt4v_jax.eval import common
+from gpt4v_jax.eval import common, shown
 from gpt4v_jax.generate import decode
 from tests.test_evaluate import evaluated, folder, ran  # noqa: F401
 
@@ -105,15 +105,15 @@ def test_numbers_of_the_table(folder, page):  # noqa: F811
 
 def test_right_and_wrong_answers_are_marked(folder, monkeypatch, page):  # noqa: F811
     """The truth is said of two in three questions, and nonsense with a < in it of the others."""
-    asked, real = [], report.sources.Questions
-    monkeypatch.setattr(report.sources, "Questions", lambda source: asked.append(real(source)) or asked[0])
+    asked, real = [], shown.sources.Questions
+    monkeypatch.setattr(shown.sources, "Questions", lambda source: asked.append(real(source)) or asked[0])
 
     def generate(trained, prompts, *rest):
         turns = [turn for _, turn in asked[0].items]
         chosen = np.random.default_rng(0).permutation(len(turns))[: len(prompts)]
         return [decode.Answer(turns[k].answer if i % 3 else "<i>", (), "stop") for i, k in enumerate(chosen)]
 
-    monkeypatch.setattr(report.decode, "generate", generate)
+    monkeypatch.setattr(shown.decode, "generate", generate)
     text = report.report(folder).read_text()
     grid = text[text.index('class="pictures"') : text.index("Where it looks")]
     assert grid.count('<figure class="right">') == grid.count("✓ right") == 16
@@ -129,7 +129,7 @@ def test_pictures_and_maps(page):
         picture = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
         sizes[picture.size] = sizes.get(picture.size, 0) + 1
     depth = 2
-    assert sizes == {(24, 24): report.SHOWN + report.EXPLAINED, (72, 72): report.EXPLAINED * (depth + 1)}
+    assert sizes == {(24, 24): shown.SHOWN + shown.EXPLAINED, (72, 72): shown.EXPLAINED * (depth + 1)}
 
 
 def test_the_newest_result_is_shown(tmp_path):
