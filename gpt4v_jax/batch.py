@@ -50,6 +50,9 @@ class Layout:
     patches: tuple[int, int, int] = (0, 0, 0)
     axes: int = 1  # A of Batch.position
     source: int = 0  # positions of Batch.source, which a separate encoder reads; 0: none
+    place: str = "stream"  # where the vectors of media go: config.Fusion.place
+    tokens: int = 0  # vectors that a view becomes; 0: as many as it has patches
+    merges: int = 1  # so many patches squared become one vector; of a sound, so many
 
     def reads(self, modality: str) -> bool:
         config.one_of("modality", modality, MEDIA)
@@ -67,12 +70,21 @@ class Layout:
 
     @property
     def room(self) -> tuple[int, ...]:
-        """-> what packing may fill of a row: positions, then items and patches of each of MEDIA."""
-        return (self.context, *(n for pair in zip(self.items, self.patches, strict=True) for n in pair))
+        """-> what packing may fill of a row: positions, items and patches of each of MEDIA, positions of the source."""
+        return (self.context, *(n for pair in zip(self.items, self.patches, strict=True) for n in pair), self.source)
+
+    def encoded(self, modality: str) -> int:
+        """-> the vectors that an embedder makes of a row's media of `modality`."""
+        items, patches = self.budget(modality)
+        return min(patches, items * math.prod(self.merged(modality, largest_view(getattr(self, modality)))))
+
+    def features(self, modality: str) -> int:
+        """-> the vectors that become of them, F: those that slots count."""
+        return self.budget(modality)[0] * self.tokens if self.tokens else self.encoded(modality)
 
     def offset(self, modality: str) -> int:
         """-> the number, among all of a row's features, of the first one of `modality`."""
-        return sum(self.patches[: MEDIA.index(modality)])
+        return sum(self.features(name) for name in MEDIA[: MEDIA.index(modality)])
 
     def values(self, modality: str) -> tuple[int, type]:
         """-> (how many values a patch has, their dtype)."""
@@ -89,9 +101,27 @@ class Layout:
         time = -(-shape[0] // c.tubelet) if modality == "video" else -(-shape[0] // c.patch)
         return (View((time, c.grid, c.grid) if modality == "video" else (time, 1, 1)),)
 
+    def grid(self, modality: str, view: View) -> tuple[int, int, int]:
+        """-> (time, rows, columns) of the vectors that a view becomes."""
+        return (1, 1, self.tokens) if self.tokens else self.merged(modality, view)
+
+    def merged(self, modality: str, view: View) -> tuple[int, int, int]:
+        return tuple(-(-n // m) for n, m in zip(view.grid, self.box(modality), strict=True))
+
+    def box(self, modality: str) -> tuple[int, int, int]:
+        """-> the patches in time, rows, columns that become one vector."""
+        return (self.merges, 1, 1) if modality == "audio" else (1, self.merges, self.merges)
+
+    def laid(self, modality: str, shape: tuple[int, ...] = ()) -> tuple[tuple[int, int, int], ...]:
+        """-> the grids of positions that one medium of this shape takes in the stream (or the source): one a view, or
+        one anchor for all of it."""
+        if self.place == "memory":
+            return ((1, 1, 1),)
+        return tuple(self.grid(modality, view) for view in self.views(modality, shape))
+
     def count(self, modality: str, shape: tuple[int, ...] = ()) -> int:
-        """-> the positions in the stream that one medium of this shape takes."""
-        return sum(map(len, self.views(modality, shape)))
+        """-> how many positions these are."""
+        return sum(map(math.prod, self.laid(modality, shape)))
 
     @property
     def reach(self) -> int:
@@ -100,8 +130,12 @@ class Layout:
             return self.context - 1
         if self.prefix != "media":
             return 0
-        return max([0, *(min(self.patches[k], largest(getattr(self, m))) - 1 for k, m in enumerate(MEDIA)
-                         if self.patches[k])])  # fmt: skip
+        most = [0]
+        for name in self.media:
+            c = getattr(self, name)
+            views = 1 + c.tiles if name == "image" else 1
+            most.append(min(self.features(name), views * math.prod(self.grid(name, largest_view(c)))) - 1)
+        return max(most)
 
 
 def _image_views(c: config.Image, shape: tuple[int, ...]) -> tuple[View, ...]:
@@ -125,38 +159,45 @@ def _image_views(c: config.Image, shape: tuple[int, ...]) -> tuple[View, ...]:
     return (whole, *(View((1, c.grid, c.grid), box) for box in boxes))
 
 
+def largest_view(c: config.Image | config.Video | config.Audio) -> View:
+    """-> the largest view that a medium can have."""
+    if isinstance(c, config.Audio):
+        return View((-(-round(c.seconds * 100) // c.patch), 1, 1))
+    return View((-(-c.frames // c.tubelet) if isinstance(c, config.Video) else 1, c.grid, c.grid))
+
+
 def largest(c: config.Image | config.Video | config.Audio) -> int:
     """-> the most patches that one medium can have."""
-    if isinstance(c, config.Image):
-        return c.grid**2 * (1 + c.tiles)
-    if isinstance(c, config.Video):
-        return -(-c.frames // c.tubelet) * c.grid**2
-    return -(-round(c.seconds * 100) // c.patch)
+    return len(largest_view(c)) * (1 + c.tiles if isinstance(c, config.Image) else 1)
 
 
-PREFIX = {"concat": "media", "prefix_lm": "media+prompt"}  # Fusion.kind -> Layout.prefix
+def _prefix(fusion: config.Fusion, media: bool) -> str:
+    """-> Layout.prefix. Without media nothing attends both ways: but a prompt of text alone does under prefix_lm."""
+    if fusion.kind in ("prefix_lm", "q_former"):  # what a q_former reads of the prompt stands in the media's block
+        return "media+prompt"
+    return "media" if media and fusion.place == "stream" else "none"
 
 
 def layout(model: config.Model, data: config.Data) -> Layout:
-    config.one_of("model.fusion.kind", model.fusion.kind, tuple(PREFIX))
-    items, patches = [], []
+    items, patches, fusion = [], [], model.fusion
     for name in MEDIA:
         c, budget = getattr(model, name), getattr(data, name)
         items.append(budget.items * (1 + c.tiles if name == "image" else 1) if c else 0)
         patches.append((budget.patches or budget.items * largest(c)) if c else 0)
-    # Without media there is nothing that attends both ways: a prompt of text alone does under prefix_lm.
-    prefix = PREFIX[model.fusion.kind] if any(items) or model.fusion.kind == "prefix_lm" else "none"
     return Layout(
         vocab=model.vocab,
         context=model.context,
-        prefix=prefix if model.causal else "all",
+        prefix=_prefix(fusion, any(items)) if model.causal else "all",
         image=model.image,
         video=model.video,
         audio=model.audio,
         items=tuple(items),
         patches=tuple(patches),
         axes=model.axes,
-        source=model.context if model.source else 0,
+        source=(model.source_context or model.context) if model.encoder else 0,
+        place=fusion.place,
+        tokens=fusion.tokens if fusion.kind in config.RESAMPLED else 0,
+        merges=fusion.merges,
     )
 
 
@@ -171,15 +212,21 @@ class Media:
     index: Array  # [B,M,3] int32: (time, row, column) of the patch in its item
     item: Array  # [B,M] int32: which item of the row, from 1; 0 is padding
     at: Array  # [B,N] int32: stream index of the item's first placeholder; -1 is padding
+    size: Array  # [B,N,3] int32: patches of the item in time, rows, columns; 0 is padding
 
 
 @flax.struct.dataclass
 class Source:
-    """A second stream of S positions, which a separate encoder reads; a row's documents are those of its stream."""
+    """A second stream of S positions, which a separate encoder reads; a row's documents are those of its stream.
+
+    A position is seen from the step of stream position `at` on: what a later turn brings, earlier answers do not see.
+    """
 
     tokens: Array  # [B,S] int32
-    position: Array  # [B,S,1] int32
+    position: Array  # [B,S,A] int32
     document: Array  # [B,S] int32
+    at: Array  # [B,S] int32: index of the stream's position that comes next
+    slot: Array  # [B,S] int32: as Batch.slot
 
 
 @flax.struct.dataclass
@@ -209,6 +256,26 @@ class Segment:
     step: Array  # [B,S] int32: a medium takes the step of its first placeholder
     item: Array  # [B,S] int32: which medium of the row, from 1; 0 is text or padding
     kind: int = flax.struct.field(pytree_node=False, default=TEXT)
+    deep: tuple[Array, ...] = ()  # further vectors [B,S,D] of the same patches, from earlier layers of an encoder
+
+
+@flax.struct.dataclass
+class Memory:
+    """Vectors beside the stream that its blocks read, by the mask law."""
+
+    x: Array  # [B,S,D]
+    document: Array  # [B,S] int32
+    step: Array  # [B,S] int32
+    kind: Array  # [B,S] int32: 1 + the number in MEDIA; 0: text
+
+
+@flax.struct.dataclass
+class Route:
+    """Which positions have weights of their own: those that hold features of a modality."""
+
+    slot: Array  # [B,T] int32: number of the feature in the order of `at`; -1: text
+    at: tuple[Array, ...]  # of each of `names` [B,F] int32: the stream index that each feature goes to
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 @flax.struct.dataclass
@@ -216,6 +283,10 @@ class Fused:
     """What a fusion hands to the backbone. The backbone does not know what a picture is."""
 
     stream: Array  # [B,T,D]
+    memory: Memory | None = None  # what gated and pooled blocks read
+    source: Array | None = None  # [B,S,D]: what a separate encoder reads
+    inject: tuple[Array, ...] = ()  # [B,T,D] each: what the `inject` blocks add to the stream, in their order
+    route: Route | None = None
 
 
 def empty(layout: Layout, rows: int) -> Batch:
@@ -229,6 +300,7 @@ def empty(layout: Layout, rows: int) -> Batch:
             index=np.zeros((rows, M, 3), np.int32),
             item=np.zeros((rows, M), np.int32),
             at=np.full((rows, N), -1, np.int32),
+            size=np.zeros((rows, N, 3), np.int32),
         )
     return Batch(
         tokens=np.zeros((rows, T), np.int32),
@@ -239,10 +311,11 @@ def empty(layout: Layout, rows: int) -> Batch:
         target=np.zeros((rows, T), np.int32),
         weight=np.zeros((rows, T), np.float32),
         **media,
-        source=_empty_source(rows, layout.source) if layout.source else None,
+        source=_empty_source(rows, layout) if layout.source else None,
     )
 
 
-def _empty_source(rows: int, S: int) -> Source:
-    tokens, position, document = (np.zeros((rows, S, *more), np.int32) for more in ((), (1,), ()))
-    return Source(tokens, position, document)
+def _empty_source(rows: int, layout: Layout) -> Source:
+    zeros = np.zeros((rows, layout.source), np.int32)
+    position = np.zeros((rows, layout.source, layout.axes), np.int32)
+    return Source(zeros, position, zeros.copy(), zeros.copy(), zeros - 1)

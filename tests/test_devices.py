@@ -13,8 +13,9 @@ import pytest
 
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (1, 1, 4), "data 4 x tensor 2": (4, 1, 2)}
 # What is trained: everything in `float32`; make soak has the other kinds.
-KINDS = ("float32", "bfloat16", "prefix_lm", "encoder", "accumulate", "loop", "vocab_chunks", "adafactor", "lion",
-         "sgd")  # fmt: skip
+KINDS = ("float32", "bfloat16", "encoder", "accumulate", "loop", "vocab_chunks", "adafactor", "lion", "sgd",
+         "prefix_lm", "cross_attention", "resampler", "q_former", "pooled", "encoder_decoder", "experts",
+         "pixel_shuffle")  # fmt: skip
 RESTORED = {"4 x 2": (4, 1, 2), "2 x 4": (2, 1, 4), "fsdp 2 x tensor 2": (1, 2, 2), "one": (1, 1, 1)}
 STEPS = 20
 
@@ -95,9 +96,12 @@ def main(kind: str):
     rows = 16 if kind == "accumulate" else 8
     depth = 2 if kind == "loop" else 1
     block = config.Backbone(depth=depth, width=32, heads=8, kv_heads=4, activation="swiglu", dropout=0.1)
-    encoder = config.Backbone(depth=1, width=32, heads=8) if kind == "encoder" else None
+    encoder = config.Backbone(depth=1, width=32, heads=8) if kind in ("encoder", "pixel_shuffle") else None
     image = config.Image(size=4, patch=2, patch_norm=True, encoder=encoder)
-    fusion = config.Fusion("prefix_lm" if kind == "prefix_lm" else "concat")
+    fusion = config.Fusion(
+        kind if kind in config.FUSIONS else "concat", every=1, tokens=3,
+        connector="pixel_shuffle" if kind == "pixel_shuffle" else "linear",
+    )  # fmt: skip
     model = config.Model(vocab=tiny.VOCAB, context=24, tied=False, embed_norm=True, backbone=block, image=image,
                          fusion=fusion)  # fmt: skip
     run = config.Config(batch=rows, model=model, optim=optimizer, compute=compute)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax import config
+from gpt4v_jax import config, sharding
 from gpt4v_jax.data import chat, packing
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import step as step_lib
@@ -19,17 +19,17 @@ DATA = config.Data(image=config.Budget(2), video=config.Budget(2), audio=config.
 
 def make_config(kind="concat", context=24, size=4, encoder=False, init_std=0.3, tied=True, position="rope",
                 embed_norm=False, patch_norm=False, media=False, axes=1, image=None, video=None, audio=None,
-                **backbone):  # fmt: skip
+                fusion=None, **backbone):  # fmt: skip
     """A config.Model; pictures are 2 x 2 patches of 2 x 2 pixels. init_std is large, so that errors show.
 
     media: also clips, of 2 tubelets of 2 x 2 patches, and sounds, of 2 frames of 3 bins a patch. image, video, audio:
-    what is to be different in them.
+    what is to be different in them. fusion: keys of config.Fusion besides its kind.
     """
     block = {"depth": 2, "width": 16, "heads": 2, "hidden": 32} | backbone
     encoder = config.Backbone(**block | {"depth": 1}) if encoder else None
     return config.Model(
         vocab=VOCAB, context=context, position=position, tied=tied, init_std=init_std, embed_norm=embed_norm,
-        backbone=config.Backbone(**block), fusion=config.Fusion(kind),
+        backbone=config.Backbone(**block), fusion=config.Fusion(kind, **fusion or {}),
         image=config.Image(**{"size": size, "patch": 2, "patch_norm": patch_norm, "encoder": encoder} | (image or {})),
         **({} if not media else {
             "axes": axes,
@@ -45,11 +45,33 @@ def make_module(model: config.Model) -> GPT4V:
     return GPT4V(model, batch_lib.layout(model, DATA))
 
 
+FUSIONS = {  # name -> of make_config; each kind, and what it can be besides
+    "concat": {},
+    "prefix_lm": {"kind": "prefix_lm"},
+    "cross_attention": {"kind": "cross_attention", "fusion": {"every": 1}},
+    "cross_attention, latest": {"kind": "cross_attention", "fusion": {"latest": True}},
+    "resampler": {"kind": "resampler", "fusion": {"tokens": 3}},
+    "resampler, memory": {"kind": "resampler", "fusion": {"tokens": 3, "into": "memory"}},
+    "q_former": {"kind": "q_former", "fusion": {"tokens": 2, "depth": 2}},
+    "q_former, memory": {"kind": "q_former", "fusion": {"tokens": 2, "into": "memory"}},
+    "pooled": {"kind": "pooled", "fusion": {"tokens": 2, "every": 1}},
+    "encoder_decoder": {"kind": "encoder_decoder"},
+    "experts": {"kind": "experts"},
+    "mlp2x_gelu": {"fusion": {"connector": "mlp2x_gelu"}, "encoder": True},
+    "pool": {"kind": "prefix_lm", "fusion": {"connector": "pool"}},
+    "pixel_shuffle": {"fusion": {"connector": "pixel_shuffle"}, "encoder": True},
+    "injected": {"fusion": {"inject": 1, "connector": "pixel_shuffle"}, "encoder": True},
+}
+
+
 @functools.cache
-def make_model(model: config.Model, seed: int = 0):
-    """-> (GPT4V, its parameters)."""
+def make_model(model: config.Model, seed: int = 0, gate: float = 0.7):
+    """-> (GPT4V, its parameters). gate: of blocks that read a memory, which start at 0."""
     module = make_module(model)
-    return module, jax.jit(lambda: step_lib.init_params(module, seed))()
+    params = jax.jit(lambda: step_lib.init_params(module, seed))()
+    return module, jax.tree_util.tree_map_with_path(
+        lambda path, x: x + gate if sharding.path_name(path).endswith("_gate/value") else x, params
+    )
 
 
 def pieces(text: str, seed: int = 0) -> list[chat.Piece]:

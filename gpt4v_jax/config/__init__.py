@@ -9,6 +9,10 @@ from gpt4v_jax.config.check import InputError, at_least, nearest, one_of
 from gpt4v_jax.config.model import (
     ACTIVATIONS,
     BIASES,
+    CONNECTORS,
+    FUSIONS,
+    READS,
+    RESAMPLED,
     Audio,
     Backbone,
     Fusion,
@@ -32,8 +36,8 @@ from gpt4v_jax.config.parse import (
 from gpt4v_jax.config.run import Budget, Compute, Config, Data, Eval, Guard, InitFrom, Mesh, Optim
 
 __all__ = [
-    "ACTIVATIONS", "Audio", "BIASES", "Backbone", "Budget", "Compute", "Config", "Data", "Eval", "Fusion", "Guard",
-    "Image", "InitFrom", "InputError", "Mesh", "Model", "Optim", "RopeScaling", "Towers", "Video", "arguments",
-    "at_least", "default", "differences", "from_flag", "from_json", "nearest", "one_of", "parse", "section",
-    "sections", "to_json",
+    "ACTIVATIONS", "Audio", "BIASES", "Backbone", "Budget", "CONNECTORS", "Compute", "Config", "Data", "Eval",
+    "FUSIONS", "Fusion", "Guard", "Image", "InitFrom", "InputError", "Mesh", "Model", "Optim", "READS", "RESAMPLED",
+    "RopeScaling", "Towers", "Video", "arguments", "at_least", "default", "differences", "from_flag", "from_json",
+    "nearest", "one_of", "parse", "section", "sections", "to_json",
 ]  # fmt: skip

@@ -1,10 +1,13 @@
 """The dataclasses of a model."""
 
 import dataclasses
+import functools
+import math
 
 from gpt4v_jax.config.check import InputError, at_least, one_of
 
 BIASES = ("qkv", "out", "mlp")
+READS = ("cross", "gated", "pooled")  # what a block may do with a memory
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu", "geglu")  # the last two have a gate
 
 
@@ -39,7 +42,8 @@ class Backbone:
     kv_heads: int = 0  # 0: as many as heads; fewer: grouped-query attention (Ainslie et al. 2023)
     head_dim: int = 0  # 0: width / heads
     hidden: int = 0  # 0: 4 x width
-    pattern: tuple[str, ...] = ("global",)  # kinds of the blocks, repeated over the depth: global | local | cross
+    pattern: tuple[str, ...] = ("global",)  # kinds of the blocks, repeated over the depth: global | local, and what
+    # they do besides, such as "local+cross": cross | gated | pooled | inject; "cross" alone is "global+cross"
     window: int = 0  # positions that a local block sees, its own included (Beltagy et al. 2020)
     norm: str = "rms"  # rms | rms_plus_one: its scale is 1 + w | layer
     norm_eps: float = 1e-6
@@ -75,14 +79,33 @@ class Backbone:
         for part in self.bias:
             one_of("bias", part, BIASES)
         for kind in self.pattern:
-            one_of("pattern", kind, ("global", "local", "cross"))
-        if not self.pattern or "local" in self.pattern and not self.window:
+            for part in kind.split("+"):
+                one_of("pattern", part, ("global", "local", *READS, "inject"))
+        if not self.pattern or any("local" in kind for kind in self.pattern) and not self.window:
             raise InputError(f"pattern={self.pattern}, window={self.window}: name kinds, and for local set a window")
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of every block."""
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.depth))
+
+    def count(self, *parts: str) -> int:
+        """-> how many blocks do one of these."""
+        return sum(any(part in kind.split("+") for part in parts) for kind in self.kinds)
+
+    def also(self, part: str, every: int) -> "Backbone":
+        """-> the same stack, every n-th block of which does `part`, too."""
+        period = math.lcm(len(self.pattern), every)
+        kinds = [
+            f"{self.pattern[i % len(self.pattern)]}+{part}" if i % every == every - 1 else
+            self.pattern[i % len(self.pattern)] for i in range(min(period, self.depth))
+        ]  # fmt: skip
+        return dataclasses.replace(self, pattern=tuple(kinds))
+
+    def first(self, part: str, count: int) -> "Backbone":
+        """-> the same stack, whose blocks 1, ..., count do `part`, too."""
+        kinds = [f"{kind}+{part}" if 1 <= i <= count else kind for i, kind in enumerate(self.kinds)]
+        return dataclasses.replace(self, pattern=tuple(kinds)) if count else self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +125,7 @@ class Image:
     mask_token: bool = False  # a learned vector for hidden patches (DINOv2); kept, not used yet
     pre_norm: bool = False  # LayerNorm before the encoder (CLIP)
     encoder: Backbone | None = None  # None: encoder-free, patches go straight into the stream
+    layer: int = -1  # of the encoder that gives the features: -1 the last, with its norm; -2 the one before (LLaVA's)
     pool_norm: bool = False  # the last norm is on the pooled vector alone, patches go on without it (CLIP)
     pool: str = "none"  # of an ImageTower: none | class: the class token | map: attention by a learned query (SigLIP)
     classes: int = 0  # of an ImageTower: outputs of its head; 0: no head
@@ -128,6 +152,7 @@ class Image:
         at_least(0, size=self.size, tiles=self.tiles)
         at_least(1, patch=self.patch)
         _check_pixels("image", self)
+        _check_layer("image", self)
         if self.tiles == 1 or self.tiles and self.resize != "square":
             raise InputError(f"image.tiles={self.tiles} with image.resize={self.resize!r}: 2 tiles or more, of "
                              "pictures that are resized square; of native ones raise image.size instead")
@@ -156,6 +181,7 @@ class Video:
     patch_bias: bool = True
     position: str = "learned"  # learned: tables of place and of time | rope: of the encoder | none
     encoder: Backbone | None = None
+    layer: int = -1
 
     def __bool__(self) -> bool:
         return self.size > 0
@@ -173,6 +199,7 @@ class Video:
         at_least(0, size=self.size, rate=self.rate)
         at_least(1, patch=self.patch, frames=self.frames, tubelet=self.tubelet)
         _check_pixels("video", self)
+        _check_layer("video", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +214,7 @@ class Audio:
     patch_norm: bool = False  # LayerNorm of a patch's values and of what they are mapped to
     position: str = "sinusoid"  # added to the patches | rope: of the encoder | none
     encoder: Backbone | None = None
+    layer: int = -1
 
     def __bool__(self) -> bool:
         return self.bins > 0
@@ -201,6 +229,7 @@ class Audio:
         at_least(0, bins=self.bins)
         at_least(1, patch=self.patch)
         at_least(0.01, seconds=self.seconds)
+        _check_layer("audio", self)
         if self.bins > 128:
             raise InputError(f"audio.bins={self.bins} is more than 128: so narrow mel filters can hold no frequency")
         if self.position == "rope" and not self.encoder:
@@ -221,9 +250,54 @@ def _check_pixels(name: str, c: "Image | Video") -> None:
             raise InputError(f"{name}.{key}={values} must be three numbers{', each above 0' * (key == 'std')}")
 
 
+def _check_layer(name: str, c: "Image | Video | Audio") -> None:
+    depth = c.encoder.depth if c.encoder else 1
+    if not -depth <= c.layer <= -1:
+        raise InputError(f"{name}.layer={c.layer} must be from -{depth}, the encoder's first block, to -1, its last")
+
+
+FUSIONS = ("concat", "prefix_lm", "cross_attention", "resampler", "q_former", "pooled", "encoder_decoder", "experts")
+CONNECTORS = ("linear", "mlp2x_gelu", "pool", "pixel_shuffle")
+RESAMPLED = ("resampler", "q_former", "pooled")
+
+
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    kind: str = "concat"  # concat: each picture is a block in the stream | prefix_lm: and so are picture and prompt
+    """How the modalities meet; docs/fusion.md. `kind` is all that has to be set."""
+
+    kind: str = "concat"  # one of FUSIONS
+    every: int = 2  # cross_attention, pooled: the blocks n, 2n, ... read the media
+    latest: bool = False  # cross_attention: a position reads the latest medium of a kind before it, not all of them
+    into: str = "stream"  # resampler, q_former: where their vectors go: stream | memory, as cross_attention's
+    tokens: int = 8  # resampler, q_former: vectors that a picture (a tile, a clip, a sound) becomes
+    depth: int = 1  # resampler, q_former, pooled: blocks of learned queries
+    connector: str = "linear"  # from an encoder's features to the stream, one of CONNECTORS
+    side: int = 2  # pool, pixel_shuffle: side x side patches become one vector; of a sound, side
+    gain: float = 1.0  # of the connector's first values; 0: it starts as zero (PaliGemma, Beyer et al. 2024)
+    inject: int = 0  # so many blocks after the first get features of an earlier layer of the encoder at the media's
+    # positions (DeepStack, Meng et al. 2024)
+
+    def __post_init__(self):
+        one_of("kind", self.kind, FUSIONS)
+        one_of("connector", self.connector, CONNECTORS)
+        one_of("into", self.into, ("stream", "memory"))
+        at_least(1, every=self.every, tokens=self.tokens, depth=self.depth, side=self.side)
+        at_least(0, gain=self.gain, inject=self.inject)
+        if self.inject and self.place != "stream":
+            raise InputError(f"inject={self.inject} adds to media in the stream: kind={self.kind!r} has none there")
+
+    @property
+    def place(self) -> str:
+        """Where the vectors of media go: stream | memory, which blocks read: one anchor stands in the stream | source:
+        a separate encoder reads them with the prompt."""
+        if self.kind in ("cross_attention", "pooled") or self.kind in RESAMPLED and self.into == "memory":
+            return "memory"
+        return "source" if self.kind == "encoder_decoder" else "stream"
+
+    @property
+    def merges(self) -> int:
+        """Side of the square of patches that becomes one vector."""
+        return self.side if self.connector in ("pool", "pixel_shuffle") else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +318,9 @@ class Model:
     logit_cap: float = 0.0  # logits become cap tanh(logit / cap) (Gemma 2); 0: no cap
     init_std: float = 0.02  # of the embedding tables and the head; other matrices start at 1 / sqrt(fan-in)
     backbone: Backbone = Backbone()
-    source: Backbone | None = None  # the encoder of Batch.source, which `cross` blocks of the backbone read
+    source: Backbone | None = None  # the encoder of Batch.source, which `cross` blocks of the backbone read; under
+    # encoder_decoder None: as the backbone
+    source_context: int = 0  # positions of Batch.source; 0: as `context`
     image: Image = Image()
     video: Video = Video()
     audio: Audio = Audio()
@@ -258,6 +334,7 @@ class Model:
         if self.axes not in (1, 3) or self.axes == 3 and self.position != "rope":
             raise InputError(f"axes={self.axes} must be 1, or with position='rope' 3")
         at_least(0, position_offset=self.position_offset, token_types=self.token_types, logit_cap=self.logit_cap)
+        at_least(0, source_context=self.source_context)
         for stack in (self.backbone, self.source):
             if stack and self.position == "rope" and stack.head_dim % 2:
                 raise InputError(f"backbone.head_dim={stack.head_dim} must be even, for rope turns pairs")
@@ -265,10 +342,40 @@ class Model:
         for stack in turned + ([self.backbone] if self.axes == 3 else []):
             if stack.head_dim < 6:
                 raise InputError(f"head_dim={stack.head_dim} must be 6 or more for rope over three axes")
-        if ("cross" in self.backbone.kinds) != (self.source is not None):
+        if self.backbone.count("gated", "pooled", "inject"):
+            raise InputError(f"backbone.pattern={self.backbone.pattern}: gated, pooled, inject are set by model.fusion")
+        if self.fusion.kind != "encoder_decoder" and bool(self.backbone.count("cross")) != (self.source is not None):
             raise InputError(f"backbone.pattern={self.backbone.pattern}: cross blocks and model.source need each other")
-        if self.source and (self.source.width != self.backbone.width or "cross" in self.source.kinds):
+        if self.source and (self.source.width != self.backbone.width or self.source.count(*READS)):
             raise InputError(f"model.source needs width {self.backbone.width} as the backbone, and no cross blocks")
+        if self.source and self.fusion.place != "stream" and self.fusion.kind != "encoder_decoder":
+            raise InputError(f"fusion.kind={self.fusion.kind!r} needs the blocks that read model.source: leave one out")
+        every, inject, depth = self.fusion.every, self.fusion.inject, self.backbone.depth
+        if self.fusion.place == "memory" and every > depth:
+            raise InputError(f"fusion.every={every} is beyond backbone.depth={depth}: no block would read the media")
+        if inject >= depth:
+            raise InputError(f"fusion.inject={inject} must be less than backbone.depth={depth}: they follow the first")
+        if not self.causal and self.fusion.kind == "encoder_decoder":
+            raise InputError("fusion.kind='encoder_decoder' has a causal decoder: leave model.causal at True")
+
+    @functools.cached_property
+    def decoder(self) -> Backbone:
+        """The backbone, with what the fusion has its blocks do besides."""
+        fusion = self.fusion
+        if fusion.kind == "encoder_decoder" and not self.backbone.count("cross"):
+            return self.backbone.also("cross", 1)
+        if fusion.place == "memory":
+            return self.backbone.also("pooled" if fusion.kind == "pooled" else "gated", fusion.every)
+        return self.backbone.first("inject", fusion.inject)
+
+    @functools.cached_property
+    def encoder(self) -> Backbone | None:
+        """What reads Batch.source."""
+        if self.source or self.fusion.kind != "encoder_decoder":
+            return self.source
+        pattern = tuple("+".join(part for part in kind.split("+") if part not in READS) or "global"
+                        for kind in self.backbone.pattern)  # fmt: skip
+        return dataclasses.replace(self.backbone, pattern=pattern)
 
 
 @dataclasses.dataclass(frozen=True)

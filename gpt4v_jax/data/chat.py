@@ -4,6 +4,7 @@ A document's trained tokens are the assistant's pieces and their `<end>`; a mask
 """
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
@@ -38,8 +39,9 @@ class Document:
     target: np.ndarray  # int32
     weight: np.ndarray  # float32
     ar: np.ndarray  # bool
-    media: tuple[tuple[int, Medium], ...] = ()  # (position of the first placeholder, the medium)
+    media: tuple[tuple[int, Medium], ...] = ()  # (position of the first placeholder, the medium); in the source, if any
     source: tuple[int, ...] = ()  # tokens that a separate encoder reads
+    source_at: tuple[int, ...] = ()  # position of the document that follows each of them; (): the first
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -48,50 +50,69 @@ class Document:
 def document(pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib.Layout) -> Document:
     """Lays turns one after the other: `<user>` pieces `<assistant>` pieces `<end>` ...; a medium is its placeholders.
 
-    A conversation that ends with the user's turn is a prompt: `<assistant>` follows it, and nothing is trained.
+    A conversation that ends with the user's turn is a prompt: `<assistant>` follows it, and nothing is trained. Where a
+    separate encoder reads the user's turns (Layout.place "source"), they are the source.
     """
     tokens, trained, ar, media = [], [], [], []
+    source, source_at = [], []
 
     def lay(ids, train, block=False):
         tokens.extend(ids)
         trained.extend([train] * len(ids))
         ar.extend([True] + [not block] * (len(ids) - 1) if ids else [])
 
+    def ask(ids, block=False):
+        """The user's tokens, to where they belong."""
+        if layout.place != "source":
+            return lay(ids, False, block)
+        source.extend(ids)
+        source_at.extend([len(tokens)] * len(ids))
+
     role, train, first = "", False, 0
     for piece in pieces:
         if piece.role != role:
             if role == "assistant":
                 lay([special["<end>"]], train)
-            lay([special[f"<{piece.role}>"]], False)
+            (ask if piece.role == "user" else functools.partial(lay, train=False))([special[f"<{piece.role}>"]])
             role = piece.role
             first = first or role == "assistant" and len(tokens)
         train = role == "assistant" and piece.trained
         if piece.medium:
-            media.append((len(tokens), piece.medium))
+            media.append((len(source if layout.place == "source" else tokens), piece.medium))
             count = layout.count(piece.medium.modality, piece.medium.shape)
-            lay([special[f"<{piece.medium.modality}>"]] * count, False, block=layout.prefix != "none")
+            ask([special[f"<{piece.medium.modality}>"]] * count, block=layout.prefix != "none")
+        elif role == "user":
+            ask(list(piece.ids))
         else:
             lay(list(piece.ids), train)
     lay([special["<end>" if role == "assistant" else "<assistant>"]], train)
     if layout.prefix == "media+prompt":  # up to the first answer, trained or given: a later question is no prefix
         first = first or len(tokens)
         ar[1:first] = [False] * (first - 1)
-    return shifted(np.array(tokens, np.int32), np.array(trained), np.array(ar), tuple(media))
+    made = shifted(np.array(tokens, np.int32), np.array(trained), np.array(ar), tuple(media))
+    return dataclasses.replace(made, source=tuple(source), source_at=tuple(source_at)) if source else made
 
 
-def length(pieces: Sequence[Piece], layout: batch_lib.Layout) -> int:
-    """How many positions `document` will lay, without laying them."""
-    total, role = 1, ""
+def lengths(pieces: Sequence[Piece], layout: batch_lib.Layout) -> tuple[int, int]:
+    """-> how many positions `document` will lay in the stream and in the source, without laying them."""
+    total, role = {"user": 0, "assistant": 1}, ""
     for piece in pieces:
-        total += 0 if piece.role == role else 2 if role == "assistant" else 1
-        total += layout.count(piece.medium.modality, piece.medium.shape) if piece.medium else len(piece.ids)
+        if piece.role != role:
+            total["assistant"] += role == "assistant"  # <end>
+            total[piece.role] += 1
+        total[piece.role] += (
+            layout.count(piece.medium.modality, piece.medium.shape) if piece.medium else len(piece.ids)
+        )
         role = piece.role
-    return total
+    if layout.place == "source":
+        return total["assistant"], total["user"]
+    return sum(total.values()), 0
 
 
 def needs(pieces: Sequence[Piece], layout: batch_lib.Layout) -> tuple[int, ...]:
-    """-> what a document takes of a row: positions, then items and patches of each of batch.MEDIA (Layout.room)."""
-    return (length(pieces, layout), *media_needs([p.medium for p in pieces if p.medium], layout))
+    """-> what a document takes of a row (Layout.room): positions, items and patches of each of batch.MEDIA, source."""
+    stream, source = lengths(pieces, layout)
+    return (stream, *media_needs([p.medium for p in pieces if p.medium], layout), source)
 
 
 def media_needs(media: Iterable[Medium], layout: batch_lib.Layout) -> tuple[int, ...]:

@@ -151,7 +151,7 @@ class Tally:
             needs = self._source.needs(epoch)
             for i in numbers:
                 k = self._source.owner(i) if len(self._parts) > 1 else 0
-                self._totals[k] += (1, needs[i][0], *needs[i][1::2])
+                self._totals[k] += (1, needs[i][0], *needs[i][1:-1:2])
         self._row = max(row, self._row)
         out = {}
         for part, (count, dropped), (documents, tokens, *media) in zip(

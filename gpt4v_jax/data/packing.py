@@ -6,6 +6,7 @@ a host makes only its own rows.
 
 import bisect
 import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -100,10 +101,10 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
     its positions are padding. Raises ValueError where a trained target would be visible to its own query.
     """
     row = jax.tree.map(lambda x: x[0], batch_lib.empty(layout, 1))
-    start, read_to, items = 0, 0, dict.fromkeys(batch_lib.MEDIA, 0)
-    filled = dict.fromkeys(batch_lib.MEDIA, 0)  # patches
+    start, read_to, media_filler = 0, 0, _Media(row, layout)
     for number, doc in enumerate(documents, 1):
-        n, at = len(doc), slice(start, start + len(doc))
+        at, asked = slice(start, start + len(doc)), slice(read_to, read_to + len(doc.source))
+        start, read_to = at.stop, asked.stop
         if bool(layout.source) != bool(doc.source) or layout.prefix == "all" and doc.ar.any():
             raise config.InputError(
                 "these data are one causal stream: there is no training or scoring on them yet for a model with a "
@@ -114,30 +115,18 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
         try:
             media = [(first, medium, read(medium)) for first, medium in doc.media]
         except BadMedium:  # who reads it has counted it
-            start += n
             continue
         row.tokens[at], row.target[at], row.weight[at], row.ar[at] = doc.tokens, doc.target, doc.weight, doc.ar
-        row.position[at], row.document[at] = positions(doc, layout), number
-        for first, medium, views in media:
-            here, packed = start + first, getattr(row, medium.modality)
-            if (laid := layout.count(medium.modality, medium.shape)) != (made := sum(len(p) for p, _ in views)):
-                raise ValueError(f"{medium}: {made} patches for {laid} positions")
-            for patch, index in views:
-                m, first_slot = len(patch), filled[medium.modality]
-                slots = slice(first_slot, first_slot + m)
-                packed.patch[slots], packed.index[slots] = patch, index
-                packed.item[slots] = items[medium.modality] + 1
-                packed.at[items[medium.modality]] = here
-                row.slot[here : here + m] = layout.offset(medium.modality) + np.arange(first_slot, slots.stop)
-                items[medium.modality] += 1
-                filled[medium.modality] += m
-                here += m
-        start += n
+        row.position[at], row.document[at] = positions(len(doc), () if doc.source else doc.media, layout), number
         if doc.source:
-            at = slice(read_to, read_to + len(doc.source))
-            row.source.tokens[at], row.source.document[at] = doc.source, number
-            row.source.position[at, 0] = np.arange(len(doc.source))
-            read_to = at.stop
+            next_to = at.start + np.array(doc.source_at or (0,) * len(doc.source))
+            row.source.tokens[asked], row.source.document[asked], row.source.at[asked] = doc.source, number, next_to
+            row.source.position[asked] = positions(len(doc.source), doc.media, layout)
+        for first, medium, views in media:
+            if doc.source:
+                media_filler.place(medium, views, row.source.slot, asked.start + first, int(next_to[first]))
+            else:
+                media_filler.place(medium, views, row.slot, at.start + first)
     ids = np.concatenate([row.tokens, row.target, *([row.source.tokens] if layout.source else [])])
     if ids.min() < 0 or ids.max() >= layout.vocab:
         odd = ids[(ids < 0) | (ids >= layout.vocab)][0]
@@ -145,19 +134,46 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
     return row
 
 
-def positions(doc: Document, layout: batch_lib.Layout) -> np.ndarray:
+class _Media:
+    """Fills the media of one row, and the slots of their positions, one medium after the other."""
+
+    def __init__(self, row: batch_lib.Batch, layout: batch_lib.Layout):
+        self._row, self._layout = row, layout
+        self._items, self._patches, self._features = (dict.fromkeys(batch_lib.MEDIA, 0) for _ in range(3))
+
+    def place(self, medium: Medium, views: Sequence[Patches], slot: np.ndarray, here: int, at: int | None = None):
+        """slot: of the stream or of the source, where the medium begins at `here`; at: stream index that its items are
+        known by; None: where each begins."""
+        name, layout = medium.modality, self._layout
+        expected, made = sum(map(len, layout.views(name, medium.shape))), sum(len(patch) for patch, _ in views)
+        if expected != made:
+            raise ValueError(f"{medium}: {made} patches for {expected} positions")
+        packed, anchor = getattr(self._row, name), layout.place == "memory"
+        grids = layout.laid(name, medium.shape)
+        for i, (patch, index) in enumerate(views):
+            k, taken = self._items[name], slice(self._patches[name], self._patches[name] + len(patch))
+            packed.patch[taken], packed.index[taken], packed.item[taken] = patch, index, k + 1
+            packed.at[k], packed.size[k] = here if at is None else at, index.max(axis=0) + 1
+            self._items[name], self._patches[name] = k + 1, taken.stop
+            if not anchor:
+                first, count = self._features[name], math.prod(grids[i])
+                slot[here : here + count] = layout.offset(name) + np.arange(first, first + count)
+                self._features[name], here = first + count, here + count
+
+
+def positions(n: int, media: Sequence[tuple[int, Medium]], layout: batch_lib.Layout) -> np.ndarray:
     """-> [n, Layout.axes]: 0, 1, 2, ...; over three axes a patch of a medium that begins at position s stands at
     s + its (time, row, column), and what follows it at one more than its largest (Wang et al. 2024, Qwen2-VL)."""
-    n = len(doc)
     if layout.axes == 1:
         return np.arange(n)[:, None]
     out, at, now = np.zeros((n, 3), np.int32), 0, 0
-    for first, medium in doc.media:
+    for first, medium in media:
         out[at:first] = (now + np.arange(first - at))[:, None]
         now, at = now + first - at, first
-        for view in layout.views(medium.modality, medium.shape):
-            out[at : at + len(view)] = now + np.indices(view.grid).reshape(3, -1).T
-            now, at = now + max(view.grid), at + len(view)
+        for grid in layout.laid(medium.modality, medium.shape):
+            size = math.prod(grid)
+            out[at : at + size] = now + np.indices(grid).reshape(3, -1).T
+            now, at = now + max(grid), at + size
     out[at:] = (now + np.arange(n - at))[:, None]
     return out
 

@@ -258,12 +258,16 @@ class Conversations:
             found, turns = record.before(first), record.turns[first : first + count]
         elif first >= 0:
             turns = [record.turns[q] for q in self._order(epoch, record, record.turns)[:count]]
-            while len(turns) > 1 and chat.length(_pieces(record, found, turns), self.layout) > self.layout.context:
+            while len(turns) > 1 and self._too_long(_pieces(record, found, turns)):
                 turns.pop()
         else:
             turns = [record.captions[self._order(epoch, record, record.captions)[count]]]
         drawn = epoch if self._data.augment and self._seed is not None else -1
         return [_drawn(piece, drawn) for piece in _pieces(record, found, turns)]
+
+    def _too_long(self, pieces: list[chat.Piece]) -> bool:
+        stream, source = chat.lengths(pieces, self.layout)
+        return stream > self.layout.context or source > self.layout.source
 
     def _order(self, epoch: int, record: Record, turns):
         if len(turns) == 1:

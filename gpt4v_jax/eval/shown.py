@@ -88,6 +88,8 @@ def _answers(trained: workdir.Trained, count: int) -> tuple[str, str]:
     for i in explained[:EXPLAINED]:
         picture = seen[i][[m.modality for _, m in prompts[i].media].index("image")]
         maps = attention.over_picture(trained, prompts[i], asked.read, len(prompts[i]) - 1)
+        if not len(maps):
+            continue
         panels = f"<figure>{plots.img(picture, 'the picture')}<figcaption>the picture</figcaption></figure>"
         for name, heat in [*((f"layer {k}", m) for k, m in enumerate(maps, 1)), ("mean of layers", maps.mean(0))]:
             shares = f"{heat.sum():.0%} on the picture, {heat.max():.1%} on one patch"

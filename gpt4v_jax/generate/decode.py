@@ -111,8 +111,9 @@ def generate(
     if not trained.run.model.causal:
         raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
     longest, asked = max(map(len, prompts)), max(len(p.source) for p in prompts)
-    if asked > context:
-        raise config.InputError(f"the prompt has {asked} positions, the encoder reads at most {context}: shorten it")
+    if asked > trained.layout.source:
+        reads = trained.layout.source
+        raise config.InputError(f"the prompt has {asked} positions, the encoder reads at most {reads}: shorten it")
     if longest >= context:
         raise config.InputError(
             f"the prompt has {longest} positions (media included), the model's context is {context}: "
@@ -126,7 +127,8 @@ def generate(
     if len(seeds) != len(prompts):
         raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
 
-    width, source = (min(-(-n // BUCKET) * BUCKET, context) for n in (longest, asked))
+    pairs = ((longest, context), (asked, trained.layout.source))
+    width, source = (min(-(-n // BUCKET) * BUCKET, most) for n, most in pairs)
     layout = dataclasses.replace(trained.layout, context=width, source=source, **budgets(prompts, trained.layout))
     batch = packing.stack([packing.fill([p], read, layout) for p in prompts])
     blocks = -(-min(max_new_tokens, context - 1) // BLOCK)
@@ -179,7 +181,7 @@ def _finished(trained: Trained, asked: chat.Document, tokens: list[int], room: i
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
 def prefill(model: GPT4V, params, batch: batch_lib.Batch, slots: int):
     """-> (logits [B,V] after each row's last real position, a cache with room for `slots` positions)."""
-    cache = attention.empty_cache(model.config.backbone, batch.tokens.shape[0], slots, model.config.axes)
+    cache = attention.empty_cache(model.config.decoder, batch.tokens.shape[0], slots, model.config.axes)
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
     last = jnp.sum(batch.document > 0, axis=1) - 1
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

@@ -18,27 +18,32 @@ def _captured(model, params, batch):
 
 
 def over_picture(trained: Trained, document: chat.Document, read, query: int) -> np.ndarray:
-    """-> [depth, rows, columns]: how much position `query` of a document looks at each patch of its first picture.
+    """-> [layers, rows, columns]: how much position `query` of a document looks at each patch of its first picture.
 
-    Mean over heads of the layer's attention weights; a layer's map sums to the share that the picture gets.
+    Mean over heads of the layer's attention weights; a layer's map sums to the share that the picture gets. Layers are
+    those where a picture's patches can be seen: all, or, where they are a memory or a source, those that read it. None
+    where vectors have no place in the picture: those of a resampler.
     """
     layout = dataclasses.replace(trained.layout, **decode.budgets([document], trained.layout))
-    batch = packing.stack([packing.fill([document], read, layout)])
-    model = trained.model.clone(layout=layout)
-    out = _captured(model, trained.params, batch)
-    step = np.cumsum(batch.ar, axis=1)
-    one = slice(query, query + 1)
-    index = np.cumsum(batch.document > 0, axis=1)
-    sight = attention.Sight(
-        batch.document[:, one], step[:, one], batch.document, step, index[:, one], index
-    )
     first, picture = next((at, medium) for at, medium in document.media if medium.modality == "image")
-    _, rows, columns = layout.views("image", picture.shape)[0].grid  # the thumbnail, where there are tiles
-    c = trained.run.model.backbone
+    _, rows, columns = layout.merged("image", layout.views("image", picture.shape)[0])  # the thumbnail, if tiled
+    c = trained.run.model.decoder
+    if layout.tokens:
+        return np.zeros((0, rows, columns))
+    batch = packing.stack([packing.fill([document], read, layout)])
+    out = _captured(trained.model.clone(layout=layout), trained.params, batch)
+    step, index = np.cumsum(batch.ar, axis=1), np.cumsum(batch.document > 0, axis=1)
+    sight = attention.Sight(batch.document, step, batch.document, step, index, index)
+    within = "" if layout.place == "stream" else "cross/"
+    if within:
+        sight, first = out["memory"], first if layout.place == "source" else 0  # pictures come first in a memory
+    sight = sight.part(slice(query, query + 1), slice(None))
     maps = []
     for i, kind in enumerate(c.kinds):
-        mask = attention.visible(sight, c.window if kind == "local" else 0)
-        q, k = out[f"block_{i}/query"][:, one], out[f"block_{i}/key"]
+        if f"block_{i}/{within}query" not in out:
+            continue
+        mask = attention.visible(sight, c.window if not within and "local" in kind else 0)
+        q, k = out[f"block_{i}/{within}query"][:, query : query + 1], out[f"block_{i}/{within}key"]
         q = q.reshape(1, 1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
         w = np.asarray(attention.weights(q, k, mask, c.attention_scale or None, c.attention_cap))[0].mean((0, 1))[0]
         maps.append(w[first : first + rows * columns].reshape(rows, columns))

@@ -35,15 +35,20 @@ class Cache:
     next_position: jax.Array  # [B,A] int32
     last_step: jax.Array  # [B] int32
     last_index: jax.Array  # [B] int32
-    memory: tuple[tuple[jax.Array, jax.Array], ...] = ()  # k, v [B,S,K,H] of what each cross block reads
-    memory_document: jax.Array | None = None  # [B,S] int32
+    memory: tuple[tuple[jax.Array, jax.Array], ...]  # k, v [B,M,K,H] of what each block with a memory reads; M grows
+    memory_parts: tuple[jax.Array, jax.Array, jax.Array]  # document, step, kind of the memory, [B,M] int32 each
 
 
 def empty_cache(model: config.Backbone, rows: int, slots: int, axes: int = 1) -> Cache:
-    """axes: A of Batch.position."""
-    kv = tuple(jnp.zeros((rows, slots, model.kv_heads, model.head_dim)) for _ in range(model.depth))
-    zeros, row = jnp.zeros((rows, slots), jnp.int32), jnp.zeros(rows, jnp.int32)
-    return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), jnp.zeros((rows, axes), jnp.int32), row, row)
+    """model: config.Model.decoder; axes: A of Batch.position."""
+
+    def heads(n):
+        return jnp.zeros((rows, n, model.kv_heads, model.head_dim))
+
+    kv, memory = (heads(slots),) * model.depth, ((heads(0), heads(0)),) * model.count(*config.READS)
+    zeros, row, none = (jnp.zeros(shape, jnp.int32) for shape in ((rows, slots), rows, (rows, 0)))
+    position = jnp.zeros((rows, axes), jnp.int32)
+    return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), position, row, row, memory, (none, none, none))
 
 
 def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, Cache]:
@@ -74,7 +79,7 @@ class Sight:
     """Everything that attention needs to know besides q, k, v: who the queries are, who the keys are.
 
     `index` is the running number of a row's real positions, by which windows and relative positions go: slots of a
-    cache have holes, and positions of pictures may repeat.
+    cache have holes, and positions of pictures may repeat. Of what is None there is no law.
     """
 
     q_document: jax.Array  # [B,T]
@@ -83,8 +88,18 @@ class Sight:
     k_step: jax.Array  # [B,S]
     q_index: Any = None  # [B,T]; None where blocks have neither window nor relative positions
     k_index: Any = None  # [B,S]
+    q_item: Any = None  # [B,T]: the medium that a query belongs to
+    k_item: Any = None  # [B,S]: which queries alone see this key; 0: all
+    k_kind: Any = None  # [B,S]: of each kind, from 1 on, a query sees only the keys of the latest step
     reach: int = flax.struct.field(pytree_node=False, default=0)
     cursor: Any = None  # with a cache: where this batch's k and v go
+
+    def part(self, rows: slice, keys: slice) -> "Sight":
+        """-> of these queries and these keys."""
+        at = {"q": rows, "k": keys}
+        fields = {name: getattr(self, name) for name in ("q_document", "q_step", "k_document", "k_step", "q_index",
+                                                         "k_index", "q_item", "k_item", "k_kind")}  # fmt: skip
+        return Sight(**{name: x if x is None else x[:, at[name[0]]] for name, x in fields.items()})
 
 
 def within(document, step, reach: int) -> Sight:
@@ -108,7 +123,20 @@ def visible(sight: Sight, window: int = 0) -> jax.Array:
     same = sight.q_document[:, :, None] == sight.k_document[:, None, :]
     past = sight.k_step[:, None, :] <= sight.q_step[:, :, None]
     near = jnp.abs(distance(sight)) < window if window else True
-    return same & past & (sight.q_document > 0)[:, :, None] & near
+    seen = same & past & (sight.q_document > 0)[:, :, None] & near
+    if sight.k_item is not None:
+        seen &= (sight.k_item == 0)[:, None, :] | (sight.k_item[:, None, :] == sight.q_item[:, :, None])
+    return seen if sight.k_kind is None else _latest(seen, sight)
+
+
+def _latest(seen_BTS, sight: Sight):
+    """What is left of a mask when of each kind only the keys of the latest step are seen."""
+    steps = jnp.broadcast_to(sight.k_step[:, None, :], seen_BTS.shape)
+    for kind in range(1, 1 + len(batch_lib.MEDIA)):
+        of_kind = (sight.k_kind == kind)[:, None, :]
+        newest = jnp.max(steps, axis=-1, keepdims=True, initial=0, where=seen_BTS & of_kind)
+        seen_BTS &= ~of_kind | (steps == newest)
+    return seen_BTS
 
 
 def bucket(behind, buckets: int, longest: int, both_ways: bool):
@@ -211,6 +239,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, w
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BSKH.shape[2], k_BSKH.shape[1]
+    if not S:  # a memory without media: there is no largest score
+        return jnp.zeros_like(q_BTNH)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     chunk = CHUNK if sight.cursor is None else T
     out = []
@@ -218,10 +248,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, w
         rows, keys = slice(start, min(start + chunk, T)), slice(0, S)
         if sight.cursor is None:
             keys = slice(max(start - window + 1, 0) if window else 0, min(rows.stop + sight.reach, S))
-        part = Sight(
-            sight.q_document[:, rows], sight.q_step[:, rows], sight.k_document[:, keys], sight.k_step[:, keys],
-            *(None if x is None else x[:, at] for x, at in ((sight.q_index, rows), (sight.k_index, keys))),
-        )  # fmt: skip
+        part = sight.part(rows, keys)
         bias_BNTS = None if bias is None else bias(distance(part))
         mask = visible(part, window)
         out.append(_attend(q_BTKGH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], mask, scale, cap, bias_BNTS))

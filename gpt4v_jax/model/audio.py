@@ -19,6 +19,7 @@ class AudioEmbed(nn.Module):
     """Media [B,M,...] -> Segment [B,M,D]. A patch is `patch` frames of `bins` values."""
 
     config: config.Model
+    layout: batch_lib.Layout
     compute: config.Compute = config.Compute()
 
     @nn.compact
@@ -31,8 +32,8 @@ class AudioEmbed(nn.Module):
             x = media_lib.content(media.patch, width, c.patch_norm)
         if c.position == "sinusoid":
             x += sinusoids(media.index[..., 0], width).astype(x.dtype)
-        x = media_lib.encoded(c, x, media, stream, self.compute)
-        return media_lib.segment(x, media, document, step, KIND)
+        features = media_lib.encoded(c, x, media, self.compute, self.config.fusion.inject)
+        return media_lib.segment(self.config, self.layout, KIND, features, media, document, step)
 
 
 class Convolutions(nn.Module):

@@ -12,6 +12,7 @@ picture in a causal stream is a block that sees itself whole; that is not counte
 XLA's own count is of no use for a whole model: it counts a loop's body once.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -25,8 +26,11 @@ from gpt4v_jax.model.layers import GATED
 # Path of a parameter -> the part of the model that it is counted with; the first pattern that is found is replaced.
 PARTS = (
     (r"\bpool/.*", "pool"),
-    (r"block_\d+/(attention|cross|mlp)/.*", r"\1"),
+    (r"block_\d+/(image_|video_|audio_|cross_)?(attention|cross|mlp)/.*", r"\2"),
     (r"(block_\d+/)?\w*norm/(scale|bias)$", "norms"),
+    (r"block_\d+/(cross|cross_mlp)_gate/value$", "cross"),
+    (r"block_\d+/probe/value$", "cross"),
+    (r"(deep_\d+_)?connector(_up)?/(kernel|bias)$", "connector"),
     (r"block_\d+/\w+_scale/value$", "scales"),
     (r"/(kernel|bias|table|value)$", ""),
 )
@@ -85,31 +89,53 @@ def parts(ours, layout: batch_lib.Layout | None = None, causal: bool = False) ->
 
 def _model(c: config.Model, layout: batch_lib.Layout, causal: bool) -> dict[str, int]:
     T, S, D = layout.context, layout.source, c.backbone.width
-    flops = {}
+    flops, features = {}, {name: layout.features(name) for name in layout.media}
     for name in layout.media:
-        flops |= _within(name, _media(getattr(c, name), D, *layout.budget(name)))
-    if c.source:
-        flops |= _within("source", stack(c.source, S, windows=causal))
-    flops |= _within("backbone", stack(c.backbone, T, causal and c.causal, causal, memory=S))
+        flops |= _within(name, _media(c, layout, name))
+        if layout.tokens:
+            flops |= _within("fusion", _resampled(c, layout, name))
+    if c.encoder:
+        flops |= _within("source", stack(c.encoder, S, windows=causal))
+    memory, routed = S, 0
+    if layout.place == "memory":
+        memory = sum(layout.budget(name)[0] if c.fusion.kind == "pooled" else n for name, n in features.items())
+    if c.fusion.kind == "experts":  # their own weights read them, and the text's do not know that they need not
+        routed = sum(features.values())
+    flops |= _within("backbone", stack(c.decoder, T, causal and c.causal, causal, memory=memory, routed=routed))
     if c.head_hidden:
         flops["head_hidden"] = 2 * T * D * D
     return flops | {"head": 2 * T * D * c.vocab}
 
 
-def _media(c: config.Image | config.Video | config.Audio, stream: int, items: int, patches: int) -> dict[str, int]:
-    """`patches` patches of `items` media, all of a size, on their way into a stream of this width: class tokens are
-    encoded, but do not enter it."""
-    width = c.encoder.width if c.encoder else stream
+def _media(model: config.Model, layout: batch_lib.Layout, name: str) -> dict[str, int]:
+    """The media of one modality in a row, all of a size, up to their connector: class tokens are encoded, but go no
+    further."""
+    c, (items, patches), D, fusion = getattr(model, name), layout.budget(name), model.backbone.width, model.fusion
+    width = c.encoder.width if c.encoder else D
     if isinstance(c, config.Audio) and c.front == "conv":
         convolutions = 2 * patches * c.patch * 3 * c.bins * width + 2 * patches * (c.patch + 1) * width * width
         flops = {"front": convolutions}
     else:
         flops = {"embed": 2 * patches * c.values * width}
     if c.encoder:
-        one = stack(c.encoder, patches // items + (isinstance(c, config.Image) and c.class_token))
+        used = dataclasses.replace(c.encoder, depth=c.encoder.depth + 1 + c.layer)
+        one = stack(used, patches // items + (isinstance(c, config.Image) and c.class_token))
         flops |= _within("encoder", {name: items * count for name, count in one.items()})
-        flops["connector"] = 2 * patches * c.encoder.width * stream
-    return flops
+    inputs = width * (math.prod(layout.box(name)) if fusion.connector == "pixel_shuffle" else 1)
+    one = 2 * layout.encoded(name) * (inputs + D * (fusion.connector == "mlp2x_gelu")) * D
+    bare = not c.encoder and fusion.connector in ("linear", "pool")
+    connectors = fusion.inject + (not bare)
+    return flops | ({"connector": connectors * one} if connectors else {})
+
+
+def _resampled(c: config.Model, layout: batch_lib.Layout, name: str) -> dict[str, int]:
+    """Learned queries of the media of one modality; each reads all of the row's vectors that the mask then hides."""
+    D, (items, _) = c.backbone.width, layout.budget(name)
+    queries = items * layout.tokens
+    memory = layout.encoded(name) + (layout.context if c.fusion.kind == "q_former" else 0)
+    blocks = dataclasses.replace(c.backbone, depth=c.fusion.depth, pattern=("cross",))
+    flops = _within(f"{name}_resampler", stack(blocks, queries, memory=memory))
+    return flops | ({f"{name}_pooled": 2 * queries * D * D} if c.fusion.kind == "pooled" else {})
 
 
 def image_tower(c: config.Image) -> dict[str, int]:
@@ -129,17 +155,25 @@ def _text_tower(c: config.Towers, causal: bool) -> dict[str, int]:
     return flops | {"head": 2 * text.backbone.width * c.width}  # of the one position that is pooled
 
 
-def stack(c: config.Backbone, positions: int, causal: bool = False, windows: bool = False, memory: int = 0):
-    """-> {"attention", "mlp", "cross": FLOPs} of all blocks over `positions` positions, cross blocks reading `memory`.
+def stack(c: config.Backbone, positions: int, causal: bool = False, windows: bool = False, memory: int = 0,
+          routed: int = 0):  # fmt: skip
+    """-> {"attention", "mlp", "cross": FLOPs} of all blocks over `positions` positions, some reading `memory`.
 
-    causal, windows: count only the pairs that causality, and a local block's window, let through.
+    causal, windows: count only the pairs that causality, and a local block's window, let through. routed: positions
+    that further weights read, besides.
     """
-    flops = {"attention": 0, "mlp": c.depth * _mlp(c, positions)}
+    flops = {"attention": 0, "mlp": c.depth * _mlp(c, positions + routed)}
     for kind in c.kinds:
-        window = c.window if windows and kind == "local" else 0
-        flops["attention"] += _attention(c, positions, positions, pairs(positions, causal, window))
-    if "cross" in c.kinds:
-        flops["cross"] = c.kinds.count("cross") * _attention(c, positions, memory, positions * memory)
+        window = c.window if windows and "local" in kind else 0
+        met = pairs(positions, causal, window)
+        flops["attention"] += _attention(c, positions + routed, positions + routed, met)
+    if c.count("gated"):
+        flops["mlp"] += c.count("gated") * _mlp(c, positions)
+    if c.count("cross", "gated"):
+        flops["cross"] = c.count("cross", "gated") * _attention(c, positions, memory, positions * memory)
+    if c.count("pooled"):  # the query is one, what comes of it a position's
+        one = 2 * c.width * c.head_dim * c.heads * (positions + 1) + 4 * c.width * c.head_dim * c.kv_heads * memory
+        flops["cross"] = c.count("pooled") * (one + 4 * positions * memory * c.heads * c.head_dim)
     return flops
 
 

@@ -1,24 +1,159 @@
-"""list[Segment] -> Fused: how the modalities meet. One small function or module a kind.
+"""list[Segment] -> Fused: how the modalities meet. One small module a kind, all of one signature.
 
-What data must know of a kind (how many positions a picture takes, what attends both ways) is batch.Layout's.
+    fused = KINDS[config.fusion.kind](config, layout, compute)(segments, batch, step, keys, prompt)
+
+segments: the text's, then one of each modality that the batch has; batch: its `slot` says where vectors go; step [B,T];
+keys [B]: for dropout; prompt: the Segment of Batch.source's text. What data must know of a kind (how many positions a
+picture takes, what attends both ways) is batch.Layout's; what blocks do for it is config.Model.decoder's.
 """
 
+import dataclasses
+
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
+from gpt4v_jax.model import attention
+from gpt4v_jax.model.backbone import Backbone
+from gpt4v_jax.model.layers import Linear, Norm, Table
 
 
-def concat(segments: list[batch_lib.Segment], slot_BT) -> batch_lib.Fused:
-    """Media features go into the stream's media positions: position t takes feature slot[t], counted over all media.
+class _Fusion(nn.Module):
+    config: config.Model
+    layout: batch_lib.Layout
+    compute: config.Compute = config.Compute()
 
-    `prefix_lm` is the same function: what differs is `ar`, which data writes (Layout.prefix).
+
+class Concat(_Fusion):
+    """Media's vectors stand in the stream: position t has vector slot[t], counted over all media.
+
+    `prefix_lm` is the same module: what differs is `ar`, which data writes (Layout.prefix). Vectors of earlier layers
+    of an encoder are injected at the same positions.
     """
-    stream = segments[0].x
-    if len(segments) > 1:
-        features_BMD = jnp.concatenate([segment.x for segment in segments[1:]], axis=1)
-        gathered = jnp.take_along_axis(features_BMD, jnp.maximum(slot_BT, 0)[..., None], axis=1)
-        stream = jnp.where((slot_BT >= 0)[..., None], gathered, stream)
-    return batch_lib.Fused(stream)
+
+    def __call__(self, segments, batch, step, keys=None, prompt=None) -> batch_lib.Fused:
+        text, *media = segments
+        inject = [placed(0 * text.x, [segment.deep[k] for segment in media], batch.slot)
+                  for k in range(self.config.fusion.inject)]  # fmt: skip
+        return batch_lib.Fused(placed(text.x, [segment.x for segment in media], batch.slot), inject=tuple(inject))
 
 
-KINDS = {"concat": concat, "prefix_lm": concat}
+def placed(stream_BTD, features: list, slot_BT):
+    """-> the stream, with features [B,F,D] of all modalities, one after the other, where slots are."""
+    if not features:
+        return stream_BTD
+    gathered = jnp.take_along_axis(jnp.concatenate(features, axis=1), jnp.maximum(slot_BT, 0)[..., None], axis=1)
+    return jnp.where((slot_BT >= 0)[..., None], gathered.astype(stream_BTD.dtype), stream_BTD)
+
+
+class CrossAttention(_Fusion):
+    """Media are a memory, which every n-th block reads through a gate that starts at 0 (Flamingo, Alayrac et al. 2022);
+    in the stream stands an anchor."""
+
+    @nn.compact
+    def __call__(self, segments, batch, step, keys=None, prompt=None) -> batch_lib.Fused:
+        text, *media = segments
+        norm = Norm(self.config.backbone.norm, self.config.backbone.norm_eps, name="memory_norm")
+        parts = [(norm(s.x), s.document, s.step, jnp.where(s.item > 0, s.kind, 0)) for s in media]
+        if not media:  # a memory without vectors
+            parts = [(norm(text.x[:, :0]), *3 * (text.document[:, :0],))]
+        memory = batch_lib.Memory(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+        return batch_lib.Fused(text.x, memory=memory)
+
+
+class Resampler(_Fusion):
+    """Each picture (tile, clip, sound) becomes `tokens` vectors: learned queries that read its features and each other
+    (Perceiver, Jaegle et al. 2021; Flamingo's resampler). They go where `fusion.into` says."""
+
+    reads_prompt = False
+
+    @nn.compact
+    def __call__(self, segments, batch, step, keys=None, prompt=None) -> batch_lib.Fused:
+        text, *media = segments
+        media = [resampled(self, segment, text, batch, step, keys) for segment in media]
+        kind = Concat if self.config.fusion.into == "stream" else CrossAttention
+        return kind(self.config, self.layout, name="into")([text, *media], batch, step)
+
+
+class QFormer(Resampler):
+    """A resampler whose queries read the prompt, too (BLIP-2, Li et al. 2023; InstructBLIP, Dai et al. 2023): the text
+    of the medium's own block, which is the user's and never trained."""
+
+    reads_prompt = True
+
+
+def resampled(module: Resampler, segment: batch_lib.Segment, text, batch, step, keys) -> batch_lib.Segment:
+    """Segment [B,F,D] -> Segment [B,N x tokens,D], in the order of the items. For use in a compact method."""
+    c, name = module.config, batch_lib.MEDIA[segment.kind - 1]
+    k, at = c.fusion.tokens, getattr(batch, name).at
+    item = jnp.repeat(jnp.where(at >= 0, jnp.arange(1, at.shape[1] + 1), 0), k, axis=1)  # [B,N x tokens]
+
+    def of_item(values):
+        return jnp.repeat(jnp.where(at >= 0, jnp.take_along_axis(values, jnp.maximum(at, 0), axis=1), 0), k, axis=1)
+
+    vectors, k_item, law = segment.x, segment.item, (item, segment.item)
+    if module.reads_prompt:
+        # A block is one step: what stands in the medium's block is known by that. Of media only the own one is read.
+        vectors = jnp.concatenate([vectors, text.x], axis=1)
+        block = jnp.where((batch.slot < 0) & (batch.document > 0), step, -1)
+        k_item = jnp.concatenate([segment.item, 0 * block], axis=1)
+        law = (of_item(step), jnp.concatenate([jnp.where(segment.item > 0, segment.step, -1), block], axis=1))
+    zeros = [jnp.zeros_like(x) for x in law]
+    sight = attention.Sight(law[0], zeros[0], law[1], zeros[1], q_item=item, k_item=k_item, reach=vectors.shape[1])
+    queries = Table(k, c.backbone.width, name=f"{name}_queries")(jnp.arange(k))
+    x = jnp.tile(queries, (len(at), at.shape[1], 1)).astype(vectors.dtype)
+    stack = dataclasses.replace(c.backbone, depth=c.fusion.depth, pattern=("cross",))
+    stack = Backbone(stack, compute=module.compute, name=f"{name}_resampler")
+    x = stack(x, None, attention.bidirectional(item), keys=keys, memory=(vectors, sight))[0]
+    return batch_lib.Segment(x, of_item(batch.document), of_item(step), item, segment.kind)
+
+
+class Pooled(Resampler):
+    """Late fusion: a medium becomes one vector, its resampled ones through one linear map; every n-th block adds a
+    weighted sum of the vectors of the media before a position, by weights that do not depend on the text."""
+
+    @nn.compact
+    def __call__(self, segments, batch, step, keys=None, prompt=None) -> batch_lib.Fused:
+        (text, *media), k, D = segments, self.config.fusion.tokens, self.config.backbone.width
+        pooled = []
+        for segment in media:
+            name = batch_lib.MEDIA[segment.kind - 1]
+            found = resampled(self, segment, text, batch, step, keys)
+            x = Linear((k * D,), (D,), name=f"{name}_pooled")(found.x.reshape(len(found.x), -1, k * D))
+            document, step_of, item = (values[:, ::k] for values in (found.document, found.step, found.item))
+            pooled.append(batch_lib.Segment(x, document, step_of, item, segment.kind))
+        return CrossAttention(self.config, self.layout, name="into")([text, *pooled], batch, step)
+
+
+class EncoderDecoder(_Fusion):
+    """Media and the user's text stand in the source, which an encoder reads; every block of the decoder reads that."""
+
+    def __call__(self, segments, batch, step, keys=None, prompt=None) -> batch_lib.Fused:
+        text, *media = segments
+        if prompt is None:  # a step of decoding
+            return batch_lib.Fused(text.x)
+        return batch_lib.Fused(text.x, source=placed(prompt.x, [segment.x for segment in media], batch.source.slot))
+
+
+class Experts(Concat):
+    """As concat; in the blocks each modality's positions have weights of their own, and attention is over all (mixture
+    of transformers, Liang et al. 2024)."""
+
+    def __call__(self, segments, batch, step, keys=None, prompt=None) -> batch_lib.Fused:
+        fused, slot = super().__call__(segments, batch, step), batch.slot
+        counts = [segment.x.shape[1] for segment in segments[1:]]
+        place, T = jnp.where(slot >= 0, slot, sum(counts)), slot.shape[1]
+        empty = jnp.zeros(sum(counts), jnp.int32)
+        at = jax.vmap(lambda place: empty.at[place].set(jnp.arange(T, dtype=jnp.int32), mode="drop"))(place)
+        ends = [sum(counts[:k]) for k in range(len(counts) + 1)]
+        at = tuple(at[:, first:end] for first, end in zip(ends, ends[1:], strict=False))
+        names = tuple(batch_lib.MEDIA[segment.kind - 1] for segment in segments[1:])
+        return fused.replace(route=batch_lib.Route(slot, at, names))
+
+
+KINDS = {
+    "concat": Concat, "prefix_lm": Concat, "cross_attention": CrossAttention, "resampler": Resampler,
+    "q_former": QFormer, "pooled": Pooled, "encoder_decoder": EncoderDecoder, "experts": Experts,
+}  # fmt: skip

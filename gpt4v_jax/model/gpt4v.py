@@ -76,18 +76,19 @@ class GPT4V(nn.Module):
         c = self.config
         self.text = TextEmbed(c)
         if c.image:
-            self.image = ImageEmbed(c, self.compute)
+            self.image = ImageEmbed(c, self.layout, self.compute)
         if c.video:
-            self.video = VideoEmbed(c, self.compute)
+            self.video = VideoEmbed(c, self.layout, self.compute)
         if c.audio:
-            self.audio = AudioEmbed(c, self.compute)
-        self.backbone = Backbone(c.backbone, c.position == "rope", both_ways=not c.causal, compute=self.compute)
+            self.audio = AudioEmbed(c, self.layout, self.compute)
+        self.fusion = fusion.KINDS[c.fusion.kind](c, self.layout, self.compute)
+        self.backbone = Backbone(c.decoder, c.position == "rope", both_ways=not c.causal, compute=self.compute)
         if c.embed_norm:
             self.embed_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
-        if c.source:
-            self.source = Backbone(c.source, c.position == "rope", both_ways=True, compute=self.compute)
+        if c.encoder:
+            self.source = Backbone(c.encoder, c.position == "rope", both_ways=True, compute=self.compute)
             if c.embed_norm:
-                self.source_norm = Norm(c.source.norm, c.source.norm_eps)
+                self.source_norm = Norm(c.encoder.norm, c.encoder.norm_eps)
         if c.head_hidden:
             self.head_hidden = Linear((c.backbone.width,), (c.backbone.width,), True)
             self.head_norm = Norm(c.backbone.norm, c.backbone.norm_eps)
@@ -101,7 +102,7 @@ class GPT4V(nn.Module):
 
         cache: an attention.Cache that this batch's positions are appended to; None: the batch is whole.
         keys [B]: random keys of the rows, for dropout; None: no dropout. capture: q (after rope) and k of every layer
-        into `out`.
+        into `out`, and of those that read a memory, with the sight on it as "memory".
         """
         if cache is None:
             step = jnp.cumsum(batch.ar, axis=1)
@@ -118,39 +119,50 @@ class GPT4V(nn.Module):
             media = getattr(batch, name)
             if media is not None:  # a step of decoding has none
                 segments.append(getattr(self, name)(media, batch.document, step))
-                features, budget = segments[-1].x.shape[1], self.layout.budget(name)[1]
-                if features != budget:  # a gather beyond the end would clamp silently
-                    raise ValueError(f"the {name} embedder made {features} features a row, the layout has {budget}")
-        fused = fusion.KINDS[self.config.fusion.kind](segments, batch.slot)
-
-        memory = self._memory(batch, step, cache, keys) if self.config.source else None
+                features, expected = segments[-1].x.shape[1], self.layout.encoded(name)
+                if features != expected:  # a gather beyond the end would clamp silently
+                    raise ValueError(f"the {name} embedder made {features} features a row, the layout has {expected}")
+        prompt = None
+        if batch.source is not None:
+            prompt = self.text.source(batch.source, jnp.take_along_axis(step, batch.source.at, axis=1))
+        fused = self.fusion(segments, batch, step, keys, prompt)
+        found = fused.memory
+        if self.config.encoder:
+            found = self._encoded(batch, prompt, fused.source, cache, keys)
+        memory = None
+        if found is not None:
+            parts = (found.document, found.step, found.kind)
+            if cache is not None:
+                parts = tuple(jnp.concatenate(pair, axis=1) for pair in zip(cache.memory_parts, parts, strict=True))
+                cache = cache.replace(memory_parts=parts)
+            latest = parts[2] if self.config.fusion.latest else None
+            memory = found.x, attention.Sight(batch.document, step, *parts[:2], k_kind=latest, reach=parts[0].shape[1])
         x = shard(self.embed_norm(fused.stream) if self.config.embed_norm else fused.stream, "batch")
         hidden, kvs, memory_kvs, out = self.backbone(
-            x, batch.position, sight, cache, keys, capture, memory
+            x, batch.position, sight, cache, keys, capture, memory, fused.inject, fused.route
         )
+        if capture and memory is not None:
+            out |= {"memory": memory[1]}
         if cache is not None:
             k, v = zip(*kvs, strict=True)
             cache = cache.replace(k=k, v=v, memory=memory_kvs)
-            if batch.source is not None:
-                cache = cache.replace(memory_document=batch.source.document)
         if self.is_initializing():
             self.logits(hidden)
         return hidden, cache, out
 
-    def _memory(self, batch: batch_lib.Batch, step, cache, keys):
-        """What cross blocks read: (the source's vectors, or None where the cache has their k and v; the sight)."""
+    def _encoded(self, batch: batch_lib.Batch, prompt, source_BSD, cache, keys) -> batch_lib.Memory:
+        """What the source's encoder makes of it; a step of decoding adds nothing to what the cache has."""
         if batch.source is None:
-            if cache is None or cache.memory_document is None:
+            if cache is None or not cache.memory_parts[0].shape[1]:
                 raise ValueError("this model reads a source: batch.source is None, and no cache has one")
-            vectors, document = None, cache.memory_document
-        else:
-            source, document = batch.source, batch.source.document
-            vectors = self.text.source(source)
-            vectors = shard(self.source_norm(vectors) if self.config.embed_norm else vectors, "batch")
-            sight = attention.bidirectional(document)
-            vectors = self.source(vectors, source.position, sight, keys=keys)[0]
-        zero = jnp.zeros_like(document)  # step 0: every step sees all of its document's source
-        return vectors, attention.Sight(batch.document, step, document, zero, reach=document.shape[1])
+            none = batch.document[:, :0]
+            return batch_lib.Memory(jnp.zeros((*none.shape, self.config.backbone.width)), none, none, none)
+        x = prompt.x if source_BSD is None else source_BSD
+        x = shard(self.source_norm(x) if self.config.embed_norm else x, "batch")
+        # What a later turn brings is a later step: earlier ones do not see it, in the encoder neither.
+        sight = attention.within(prompt.document, prompt.step, reach=prompt.x.shape[1])
+        x = self.source(x, batch.source.position, sight, keys=keys)[0]
+        return batch_lib.Memory(x, prompt.document, prompt.step, prompt.step * 0)
 
     def logits(self, hidden):
         """Hidden states [...,D] -> logits [...,V] in float32."""

@@ -7,7 +7,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
 from gpt4v_jax.model import media as media_lib
-from gpt4v_jax.model.backbone import Attention, Backbone
+from gpt4v_jax.model.backbone import Attention
 from gpt4v_jax.model.layers import MLP, Linear, Norm, Table, Vector
 
 KIND = 1 + batch_lib.MEDIA.index("image")
@@ -39,8 +39,9 @@ class PatchEmbed(nn.Module):
         return x
 
 
-def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, compute=config.Compute()):  # noqa: B008, frozen
-    """Patches -> [B,C+M,D], C class tokens first; each item is encoded by itself. For use in a compact method.
+def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, compute=config.Compute(), inject=0):  # noqa: B008, frozen
+    """Patches -> ([B,C+M,D], C class tokens first, those of `inject` earlier layers); each item is encoded by itself.
+    For use in a compact method.
 
     item_BN: the items that class tokens belong to (0: none); None where there are none.
     """
@@ -49,27 +50,30 @@ def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, comput
     if c.pre_norm:
         x = Norm("layer", c.encoder.norm_eps, name="pre_norm")(x)
     item = item_BM if item_BN is None else jnp.concatenate([item_BN, item_BM], axis=1)
-    rotary = c.position == "rope"
-    encoder = Backbone(c.encoder, rotary, last_norm=not c.pool_norm, compute=compute, name="encoder")
-    return encoder(x, index_BM3 if rotary else None, attention.bidirectional(item))[0]
+    index = index_BM3 if c.position == "rope" else None
+    encoder = media_lib.encoder(c, compute, inject, last_norm=not c.pool_norm)
+    x, *_, out = encoder(x, index, attention.bidirectional(item))
+    return x, tuple(out.values())
 
 
 class ImageEmbed(nn.Module):
     """Media [B,M,...] -> Segment [B,M,D]; through a bidirectional encoder within each picture, where there is one."""
 
     config: config.Model
+    layout: batch_lib.Layout
     compute: config.Compute = config.Compute()
 
     @nn.compact
     def __call__(self, media: batch_lib.Media, document, step) -> batch_lib.Segment:
-        c, width = self.config.image, self.config.backbone.width
+        c, inject = self.config.image, self.config.fusion.inject
         if c.encoder:
             items = jnp.where(media.at >= 0, jnp.arange(1, media.at.shape[1] + 1), 0) if c.class_token else None
-            x = _encode(c, media.patch, media.index, media.item, items, self.compute)[:, -media.patch.shape[1] :]
-            x = Linear((c.encoder.width,), (width,), True, name="connector")(x)
+            x, deep = _encode(c, media.patch, media.index, media.item, items, self.compute, inject)
+            x, *deep = (x[:, -media.patch.shape[1] :] for x in (x, *deep))
         else:
-            x = PatchEmbed(c, width, name="image")(media.patch, media.index)
-        return media_lib.segment(x, media, document, step, KIND)
+            x = PatchEmbed(c, self.config.backbone.width, name="image")(media.patch, media.index)
+            deep = [x] * inject
+        return media_lib.segment(self.config, self.layout, KIND, (x, deep), media, document, step)
 
 
 class ImageTower(nn.Module):
@@ -82,7 +86,7 @@ class ImageTower(nn.Module):
     def __call__(self, patch_BMp, index_BM3):
         c, width = self.config, self.config.encoder.width
         one = jnp.ones(patch_BMp.shape[:2], jnp.int32)
-        x = _encode(c, patch_BMp, index_BM3, one, one[:, :1] if c.class_token else None)
+        x, _ = _encode(c, patch_BMp, index_BM3, one, one[:, :1] if c.class_token else None)
         if c.pool == "class":
             x = x[:, 0]
             if c.pool_norm:

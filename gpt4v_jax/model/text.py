@@ -20,8 +20,9 @@ class TextEmbed(nn.Module):
         self.embed = Table(c.vocab, c.backbone.width, c.init_std)
         if c.position == "learned":
             self.position = Table(c.context + c.position_offset, c.backbone.width, c.init_std)
-            if c.source:
-                self.source_position = Table(c.context + c.position_offset, c.backbone.width, c.init_std)
+            if c.encoder:
+                longest = (c.source_context or c.context) + c.position_offset
+                self.source_position = Table(longest, c.backbone.width, c.init_std)
         if c.token_types:
             self.token_type = Table(c.token_types, c.backbone.width, c.init_std)
 
@@ -33,12 +34,12 @@ class TextEmbed(nn.Module):
             x += self.token_type(batch.tokens * 0 if batch.token_type is None else batch.token_type)
         return batch_lib.Segment(x, batch.document, step, item=(batch.tokens * 0), kind=batch_lib.TEXT)
 
-    def source(self, source: batch_lib.Source):
-        """-> [B,S,D]: the second stream, from the same table of tokens."""
+    def source(self, source: batch_lib.Source, step) -> batch_lib.Segment:
+        """The second stream, from the same table of tokens. step [B,S]: from which on the stream sees it."""
         x = self._tokens(source.tokens)
         if self.config.position == "learned":
             x += self.source_position(source.position[..., 0] + self.config.position_offset)
-        return x
+        return batch_lib.Segment(x, source.document, step, item=(source.tokens * 0), kind=batch_lib.TEXT)
 
     def _tokens(self, tokens):
         x = self.embed(tokens)

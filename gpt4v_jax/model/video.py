@@ -15,6 +15,7 @@ class VideoEmbed(nn.Module):
     when are two tables, which are added."""
 
     config: config.Model
+    layout: batch_lib.Layout
     compute: config.Compute = config.Compute()
 
     @nn.compact
@@ -26,5 +27,5 @@ class VideoEmbed(nn.Module):
             time, row, column = (media.index[..., axis] for axis in range(3))
             x += Table(c.grid**2, width, 0.5, name="position")(row * c.grid + column)
             x += Table(-(-c.frames // c.tubelet), width, 0.5, name="time")(time)
-        x = media_lib.encoded(c, x, media, stream, self.compute)
-        return media_lib.segment(x, media, document, step, KIND)
+        features = media_lib.encoded(c, x, media, self.compute, self.config.fusion.inject)
+        return media_lib.segment(self.config, self.layout, KIND, features, media, document, step)

@@ -107,7 +107,7 @@ def _matrices(params):
         name = path_name(path)
         if not re.search(r"(block_\d+/.*|image/embed)/kernel$", name):
             return None
-        inputs = x.ndim - 1 if re.search(r"(attention|cross)/out/kernel$", name) else 1
+        inputs = x.ndim - 1 if re.search(r"(attention|cross)/(\w+_)?out/kernel$", name) else 1
         return contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
 
     return jax.tree_util.tree_map_with_path(one, params)

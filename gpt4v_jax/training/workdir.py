@@ -52,7 +52,7 @@ class Trained:
     def chats(self) -> bool:
         """Whether a prompt is a user's turn; else it is text that the model goes on with."""
         names = [entry.name for entry in mixture.entries(self.run.data)]
-        chat = not all(map(self.is_text, names)) and self.run.model.source is None
+        chat = not all(map(self.is_text, names)) and (self.layout.place == "source" or self.run.model.source is None)
         return chat and "<user>" in self.tokenizer.special
 
 

@@ -89,6 +89,7 @@ MODELS = {
     "grouped": {"kind": "prefix_lm", "heads": 4, "kv_heads": 2, "qk_norm": True, "tied": False},
     "encoder": {"encoder": True},
 }
+KINDS = {name: values for name, values in tiny.FUSIONS.items() if name not in MODELS}
 
 
 def cached_decode_equals_the_full_forward(trained, text):
@@ -113,6 +114,13 @@ def test_cached_decode_equals_the_full_forward(name, text):
     cached_decode_equals_the_full_forward(make(**MODELS[name]), text)
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("text", ["I U2 A2 U3 A4", "V S5 U1 A4", "U1 S1 S7 A1 I U1 A1"])
+def test_every_fusion_decodes_as_the_full_forward(name, text):
+    axes = 3 if list(KINDS).index(name) % 2 else 1
+    cached_decode_equals_the_full_forward(make(media=True, axes=axes, context=32, **KINDS[name]), text)
+
+
 @pytest.mark.parametrize("kind", ["concat", "prefix_lm"])
 @pytest.mark.parametrize("axes", [1, 3])
 @pytest.mark.parametrize("text", ["V S5 U1 A4", "I U1 A2 V A3", "U1 S1 S7 A1 I U1 A1"])
@@ -131,7 +139,7 @@ def test_prefill_in_chunks_that_end_where_blocks_end(name):
     batch, whole, n = fill(trained, document), full_logits(trained, document), len(document)
 
     def chunked(*ends):
-        cache = attention.empty_cache(trained.model.config.backbone, 1, n)
+        cache = attention.empty_cache(trained.model.config.decoder, 1, n)
         found = []
         for start, stop in zip((0, *ends), (*ends, n), strict=True):
             part = cut(batch, start, stop, picture=start <= first < stop)
@@ -146,9 +154,9 @@ def test_prefill_in_chunks_that_end_where_blocks_end(name):
         assert np.abs(chunked(block - 2) - whole).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["concat", "prefix_lm"])
+@pytest.mark.parametrize("name", tiny.FUSIONS)
 def test_a_batch_of_prompts_equals_each_alone(name):
-    trained = make(**MODELS[name])
+    trained = make(**tiny.FUSIONS[name])
     read = tiny.reader(trained.layout)
     prompts = [ask(trained, text, keys) for text, keys in (("hello you", [1]), ("ab", [0, 1]), ("x", []), ("to", [0]))]
     assert len({len(p) for p in prompts}) == 4

@@ -87,11 +87,12 @@ def test_the_first_picture_is_found_among_clips_and_sounds():
     assert abs(ratio[1, 1] - ratio[0, 0]) > 1e-3, "the last of the four is the patch that was changed"
 
 
+@pytest.mark.parametrize("kind", ["concat", "cross_attention"])
 @pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 0)])
-def test_a_weight_lies_where_its_patch_is(row, column):
+def test_a_weight_lies_where_its_patch_is(row, column, kind):
     """In the first layer a patch's weight depends on that patch alone, but for the sum that all weights are divided by:
     when one patch changes, the weights of the others keep their ratios."""
-    trained = make(heads=1)  # a mean over heads would mix their sums
+    trained = make(**tiny.FUSIONS[kind], heads=1)  # a mean over heads would mix their sums
     document = tiny.document("I U3", trained.layout)
     def read(medium):
         ((patches, index),) = tiny.reader(trained.layout)(medium)
@@ -103,3 +104,15 @@ def test_a_weight_lies_where_its_patch_is(row, column):
     others = np.delete(ratio.ravel(), 2 * row + column)
     np.testing.assert_allclose(others, others[0], rtol=1e-4)
     assert abs(ratio[row, column] / others[0] - 1) > 0.1
+
+
+def test_maps_where_the_picture_is_read_apart():
+    """Of a memory and of a source, the blocks that read them; a resampler's vectors have no place in the picture."""
+    for kind, layers in (("cross_attention, latest", 1), ("encoder_decoder", 2), ("q_former", 0)):
+        trained = make(**tiny.FUSIONS[kind])
+        document = tiny.document("U1 I U3", trained.layout)
+        maps = interpret.over_picture(trained, document, tiny.reader(trained.layout), len(document) - 1)
+        assert maps.shape == (layers, 2, 2) and (maps > 0).all()
+        shares = maps.sum((1, 2))
+        np.testing.assert_array_less(shares, 1 + 1e-6)
+        assert (shares > 1 - 1e-6).all() == (layers < 2), "in a source the prompt is seen, too"

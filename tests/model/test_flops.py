@@ -168,6 +168,25 @@ XLA = {
     "class token in a stream": model_with(
         image=dataclasses.replace(PICTURE, class_token=True, encoder=dataclasses.replace(LAYER, width=64, hidden=256))
     ),
+    "gated cross attention": model_with(
+        block_with(depth=3), image=config.Image(size=32, patch=8), fusion=config.Fusion("cross_attention")
+    ),
+    "resampler, projected": model_with(
+        image=config.Image(size=64, patch=8, encoder=BLOCK),
+        fusion=config.Fusion("resampler", tokens=16, depth=2, connector="mlp2x_gelu"),
+    ),
+    "q_former into a memory": model_with(
+        image=config.Image(size=64, patch=8), fusion=config.Fusion("q_former", tokens=32, into="memory"),
+    ),
+    "pooled": model_with(image=config.Image(size=32, patch=8), fusion=config.Fusion("pooled", tokens=16)),
+    "encoder and decoder over media": dataclasses.replace(
+        model_with(image=config.Image(size=32, patch=8), fusion=config.Fusion("encoder_decoder")), source_context=48
+    ),
+    "experts": model_with(image=config.Image(size=32, patch=8), fusion=config.Fusion("experts")),
+    "shuffled and injected, an earlier layer": model_with(
+        image=config.Image(size=64, patch=8, layer=-2, encoder=block_with(depth=4)),
+        fusion=config.Fusion(connector="pixel_shuffle", inject=1),
+    ),
     "class token": dataclasses.replace(PICTURE, class_token=True, pool="class", classes=100, encoder=LAYER),
     "MAP pool": dataclasses.replace(PICTURE, pool="map", encoder=LAYER),
     "unpooled, gated": dataclasses.replace(
@@ -233,6 +252,12 @@ def test_parameters_by_module():
     ("image/image/embed/kernel", "image", "image/embed"),
     ("text/text/position/table", "text", "text/position"),
     ("image/pool/mlp/up/kernel", "image", "image/pool"),
+    ("fusion/image_resampler/block_0/cross/key/kernel", "fusion", "fusion/image_resampler/cross"),
+    ("backbone/block_1/image_mlp/up/kernel", "backbone", "backbone/mlp"),
+    ("backbone/block_1/attention/image_query/kernel", "backbone", "backbone/attention"),
+    ("backbone/block_1/cross_mlp/up/kernel", "backbone", "backbone/mlp"),
+    ("backbone/block_1/cross_mlp_gate/value", "backbone", "backbone/cross"),
+    ("image/deep_0_connector/bias", "image", "image/connector"),
     ("backbone/relative/table", "backbone", "backbone/relative"),
     ("head_bias/value", "head_bias", "head_bias"),
 ])  # fmt: skip

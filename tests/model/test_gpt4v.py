@@ -39,14 +39,21 @@ def allowed(batch: batch_lib.Batch, row: int = 0) -> np.ndarray:
 @functools.cache
 def influence_of(kind: str, position: str):
     """-> (model, f), f(batch) [T,T,D] = d (random projection of logit_t) / d (vector u of the embedded stream)."""
-    model, params = tiny.make_model(tiny.make_config(kind, context=T, position=position))
+    model, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS[kind], context=T, position=position))
     direction = jax.random.normal(jax.random.key(1), (tiny.VOCAB,))
 
     def influence(batch):
         def projected(added):
             with pytest.MonkeyPatch.context() as patch:
-                real = fusion.KINDS[kind]
-                patch.setitem(fusion.KINDS, kind, lambda *a: batch_lib.Fused(real(*a).stream + added))
+                name = model.config.fusion.kind
+                real = fusion.KINDS[name]
+
+                class Moved(real):
+                    def __call__(self, *args):
+                        fused = super().__call__(*args)
+                        return fused.replace(stream=fused.stream + added)
+
+                patch.setitem(fusion.KINDS, name, Moved)
                 return step_lib.forward(model, params, batch)[0] @ direction
 
         return jax.jacrev(projected)(jnp.zeros((T, model.config.backbone.width)))
@@ -55,17 +62,18 @@ def influence_of(kind: str, position: str):
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("kind, position", [("concat", "rope"), ("prefix_lm", "learned")])
-def test_causality_by_gradient(kind, position, name):
-    model, influence = influence_of(kind, position)
+@pytest.mark.parametrize("kind", tiny.FUSIONS)
+def test_causality_by_gradient(kind, name):
+    model, influence = influence_of(kind, "learned" if kind == "prefix_lm" else "rope")
     batch = tiny.rows(model.layout, ROWS[name])
     moved = np.asarray(influence(batch))
     assert np.isfinite(moved).all()
     moved, law = (moved != 0).any(-1), allowed(batch)
     # What is added at u stays in u's residual stream, though padding sees nobody, not even itself.
     np.testing.assert_array_equal(moved, law | np.eye(T, dtype=bool))
-    ahead = np.triu(law, 1).any()
-    assert ahead == ("picture" in name or name == "packed" or kind == "prefix_lm"), "the row tests what it should"
+    ahead, prefix = np.triu(law, 1).any(), model.layout.prefix
+    wide = prefix == "media" and model.layout.count("image") > 1
+    assert ahead == (wide and ("picture" in name or name == "packed") or prefix == "media+prompt"), "as it should"
 
 
 def test_prefix_lm_sees_picture_and_prompt_whole():
@@ -78,16 +86,16 @@ def test_prefix_lm_sees_picture_and_prompt_whole():
     np.testing.assert_array_equal(law, expected)
 
 
-@pytest.mark.parametrize("kind", ["concat", "prefix_lm"])
-@pytest.mark.parametrize("encoder", [False, True])
-def test_a_picture_moves_what_may_see_it(kind, encoder):
+@pytest.mark.parametrize("kind", [*tiny.FUSIONS, "an encoder"])
+def test_a_picture_moves_what_may_see_it(kind):
     """Another second picture, or a black one, changes logits just where the mask law allows."""
-    model, params = tiny.make_model(tiny.make_config(kind, context=T, encoder=encoder))
+    model, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS.get(kind, {"encoder": True}), context=T))
     forward = jax.jit(lambda batch: step_lib.forward(model, params, batch)[0])
     batch = tiny.rows(model.layout, ("U1 I A2", "U1 A1 I A1"))
     before = np.asarray(forward(batch))
     first = batch.image.at[0, 1]
-    assert batch.tokens[0, first] == tiny.SPECIAL["<image>"] and batch.document[0, first] == 2
+    stands = "<assistant>" if model.layout.source else "<image>"  # what follows it, where it is in the source
+    assert batch.tokens[0, first] == tiny.SPECIAL[stands] and batch.document[0, first] == 2
     for pixels in (0, 255 - batch.image.patch[0, 4:]):
         patch = batch.image.patch.copy()
         patch[0, 4:] = pixels
@@ -96,10 +104,10 @@ def test_a_picture_moves_what_may_see_it(kind, encoder):
         assert changed.any() and not changed[:first].any()
 
 
-@pytest.mark.parametrize("position", ["rope", "learned"])
-@pytest.mark.parametrize("kind", ["concat", "prefix_lm"])
-def test_packed_rows_equal_separate_rows(kind, position):
-    model, params = tiny.make_model(tiny.make_config(kind, context=T, position=position))
+@pytest.mark.parametrize("kind", tiny.FUSIONS)
+def test_packed_rows_equal_separate_rows(kind):
+    position = "learned" if kind in ("concat", "prefix_lm") else "rope"
+    model, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS[kind], context=T, position=position))
     texts = ("I U2 A3", "U1 I A2")
     logits = jax.jit(lambda batch: step_lib.forward(model, params, batch))
     packed = logits(tiny.rows(model.layout, texts))[0]
@@ -175,6 +183,7 @@ def test_cached_decoding_equals_the_whole(kind):
                 patch=whole.image.patch[:, patches], index=whole.image.index[:, patches],
                 item=np.minimum(whole.image.item[:, patches], 1),
                 at=np.where(whole.image.at[:, items] >= 0, whole.image.at[:, items] - start, -1),
+                size=whole.image.size[:, items],
             )  # fmt: skip
             part = part.replace(slot=np.where(part.slot >= 0, part.slot - patches.start, -1), image=image)
         new, cache = append(part, cache)

@@ -1,0 +1,234 @@
+"""What a fusion must keep beside the mask law (test_gpt4v.py) and the cache (generate/test_decode.py): identities,
+counts of positions, every modality, blocks computed otherwise, bad input."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config, sharding
+from gpt4v_jax.model import attention, media
+from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training import objectives
+from gpt4v_jax.training import step as step_lib
+from tests import tiny
+
+forward = jax.jit(step_lib.forward, static_argnums=0)
+
+
+def other(batch: batch_lib.Batch, name: str) -> batch_lib.Batch:
+    """The batch with other media of a modality."""
+    found = getattr(batch, name)
+    patch = 255 - found.patch if found.patch.dtype == np.uint8 else -found.patch
+    return batch.replace(**{name: found.replace(patch=patch)})
+
+
+# ---- identities
+
+
+@pytest.mark.parametrize("name", [name for name, values in tiny.FUSIONS.items() if "memory" in name or "cross" in name])
+def test_a_closed_gate_is_the_model_of_text_bit_for_bit(name):
+    """At initialisation, also where rows have media: their anchors are tokens."""
+    model = tiny.make_config(**tiny.FUSIONS[name])
+    module, params = tiny.make_model(model, gate=0.0)
+    text = GPT4V(dataclasses.replace(model, image=config.Image(), fusion=config.Fusion()), dataclasses.replace(
+        module.layout, items=(0, 0, 0), patches=(0, 0, 0), place="stream", tokens=0
+    ))  # fmt: skip
+    own = step_lib.abstract_params(text)
+    kept = {path: x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    params_of_text = jax.tree_util.tree_map_with_path(lambda path, _: kept[path], own)
+    batch = tiny.rows(module.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
+    expected = forward(text, params_of_text, batch.replace(image=None))
+    np.testing.assert_array_equal(forward(module, params, batch), expected)
+    assert not np.array_equal(forward(*tiny.make_model(model), batch), expected), "open gates change it"
+
+
+@pytest.mark.parametrize("connector", config.CONNECTORS)
+def test_a_projector_from_zero_knows_no_picture(connector):
+    fusion = {"connector": connector, "gain": 0.0}
+    module, params = tiny.make_model(tiny.make_config(encoder=True, fusion=fusion))
+    batch = tiny.rows(module.layout, ("I U2 A3",))
+    np.testing.assert_array_equal(forward(module, params, batch), forward(module, params, other(batch, "image")))
+    module, params = tiny.make_model(tiny.make_config(encoder=True, fusion={"connector": connector}))
+    assert not np.array_equal(forward(module, params, batch), forward(module, params, other(batch, "image")))
+
+
+# ---- every modality
+
+
+@pytest.mark.parametrize("name", tiny.FUSIONS)
+def test_clips_and_sounds_move_what_may_see_them(name):
+    model = tiny.make_config(media=True, context=32, **tiny.FUSIONS[name])
+    module, params = tiny.make_model(model)
+    batch = tiny.rows(module.layout, ("U1 V A2", "U1 S A1 S7 U1 A1"))
+    before, step = np.asarray(forward(module, params, batch)[0]), np.cumsum(batch.ar[0])
+    for modality, number in (("video", 1), ("audio", 2)):
+        changed = (np.asarray(forward(module, params, other(batch, modality))[0]) != before).any(-1)
+        first = getattr(batch, modality).at[0, 0]
+        np.testing.assert_array_equal(changed, (batch.document[0] == number) & (step >= step[first]))
+
+
+@pytest.mark.parametrize("name", tiny.FUSIONS)
+def test_every_parameter_is_trained(name):
+    """But the weights that experts have for media in the last block, whose results nothing reads."""
+    module, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS[name]))
+    batch = tiny.rows(module.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
+
+    def loss(params):
+        total, weight = objectives.next_token(*step_lib.token_scores(module, params, batch), batch)["loss"]
+        return total / weight
+
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        path = sharding.path_name(path)
+        last = "block_1/" in path and "image_" in path and not path.endswith(("image_key/kernel", "image_value/kernel"))
+        unread = last and ("mlp" in path or "query" in path or "out" in path)
+        assert np.isfinite(grad).all() and (np.abs(grad).max() > 0) != unread, path
+
+
+def test_the_latest_medium_alone():
+    """Of each kind: a sound after a picture leaves the picture seen; a second picture hides the first."""
+    model = tiny.make_config(media=True, context=32, **tiny.FUSIONS["cross_attention, latest"])
+    model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, depth=2))
+    module, params = tiny.make_model(model)
+    batch = tiny.rows(module.layout, ("U1 I A2 S U1 A2 U1 I A2",))
+    before = np.asarray(forward(module, params, batch)[0])
+    patch = batch.image.patch.copy()
+    patch[0, :4] = 255 - patch[0, :4]
+    after = np.asarray(forward(module, params, batch.replace(image=batch.image.replace(patch=patch)))[0])
+    changed = (after != before).any(-1)
+    first, second = batch.image.at[0]
+    # The last block is the only one that reads: nothing carries the first picture on.
+    np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(first, second))
+    assert first < batch.audio.at[0, 0] < second
+
+
+# ---- connectors
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_merged_patches_against_numpy(mean):
+    """Two pictures of odd grids, 3 x 5 and 2 x 1, and padding: each vector holds the patches of its box, row by row."""
+    grids, E = [(1, 3, 5), (1, 2, 1)], 4
+    x = np.random.default_rng(0).standard_normal((1, 20, E)).astype(np.float32)
+    index, item, size = np.zeros((1, 20, 3), np.int32), np.zeros((1, 20), np.int32), np.zeros((1, 3, 3), np.int32)
+    expected, start = [], 0
+    for number, (_, rows, columns) in enumerate(grids, 1):
+        n = rows * columns
+        index[0, start : start + n] = np.indices((1, rows, columns)).reshape(3, -1).T
+        item[0, start : start + n], size[0, number - 1] = number, (1, rows, columns)
+        picture = x[0, start : start + n].reshape(rows, columns, E)
+        for r in range(0, rows, 2):
+            for c in range(0, columns, 2):
+                box = np.zeros((2, 2, E), np.float32)
+                there = picture[r : r + 2, c : c + 2]
+                box[: there.shape[0], : there.shape[1]] = there
+                expected.append(there.mean((0, 1)) if mean else box.reshape(-1))
+        start += n
+    at = np.array([[0, 7, -1]], np.int32)
+    found = media._sources(batch_lib.Media(x, index, item, at, size), 9, (1, 2, 2))
+    merged = np.asarray(media._merged(jnp.asarray(x), found, mean))
+    assert len(expected) == 7 and merged.shape == (1, 9, E if mean else 4 * E)
+    np.testing.assert_allclose(merged[0, :7], expected, rtol=1e-6)
+    assert not merged[0, 7:].any()
+
+
+def test_native_pictures_are_merged_in_the_stream():
+    """A picture that moves only its own document, beside another of another shape."""
+    image = {"size": 8, "resize": "native"}
+    module, params = tiny.make_model(tiny.make_config(context=32, image=image, fusion={"connector": "pixel_shuffle"}))
+    layout = module.layout
+    assert [layout.count("image", shape) for shape in ((8, 8), (8, 2), (6, 8), (2, 2))] == [4, 2, 4, 1]
+    assert layout.encoded("image") == 2 * 4 and layout.budget("image") == (2, 32)
+
+
+@pytest.mark.parametrize("name, picture, clip, sound", [
+    ("concat", 4, 8, 3), ("prefix_lm", 4, 8, 3), ("cross_attention", 1, 1, 1), ("resampler", 3, 3, 3),
+    ("resampler, memory", 1, 1, 1), ("q_former", 2, 2, 2), ("pooled", 1, 1, 1), ("encoder_decoder", 4, 8, 3),
+    ("experts", 4, 8, 3), ("pool", 1, 2, 2), ("pixel_shuffle", 1, 2, 2),
+])  # fmt: skip
+def test_positions_of_media(name, picture, clip, sound):
+    """2 x 2 patches; 2 x 2 x 2; 5 frames in patches of 2."""
+    layout = tiny.make_module(tiny.make_config(media=True, **tiny.FUSIONS[name])).layout
+    assert [layout.count(*x) for x in (("image", (4, 4)), ("video", (4,)), ("audio", (5,)))] == [picture, clip, sound]
+    text = tiny.document("I U2 A3", layout)
+    assert (len(text), len(text.source)) == ((5, 7) if name == "encoder_decoder" else (picture + 8, 0))
+
+
+def test_what_an_encoder_reads_and_the_decoder_says():
+    """The user's turns are the source; each is seen from the answer on that follows it."""
+    layout = tiny.make_module(tiny.make_config(context=32, **tiny.FUSIONS["encoder_decoder"])).layout
+    made = tiny.document("I U2 A3 U1 A2", layout)
+    special = tiny.SPECIAL
+    asked = [special["<user>"], *[special["<image>"]] * 4]
+    assert list(made.source[:5]) == asked and made.source[7] == special["<user>"] and len(made.source) == 9
+    assert made.tokens[0] == made.tokens[5] == special["<assistant>"] and len(made) == 9
+    assert made.source_at == (*[0] * 7, *[5] * 2) and made.ar.all()
+    batch = tiny.rows(layout, ("U1 A1", "I U2 A3 U1 A2"))
+    np.testing.assert_array_equal(batch.source.at[0, 2:11], [3] * 7 + [8] * 2)
+    np.testing.assert_array_equal(batch.source.slot[0, 3:7], range(4))
+    assert batch.image.at[0, 0] == 3
+
+
+# ---- blocks computed otherwise
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "pooled", "encoder_decoder", "experts", "injected"])
+def test_a_loop_of_blocks_is_the_list(name):
+    values = {"depth": 4} | tiny.FUSIONS[name]
+    if name == "injected":
+        values = values | {"fusion": {"inject": 2}}
+    module, params = tiny.make_model(tiny.make_config(**values))
+    batch = tiny.rows(module.layout, ("I U2 A3", "U1 I A2"))
+
+    def gradient(module):
+        return jax.jit(jax.grad(lambda p: step_lib.token_scores(module, p, batch)[0].sum()))(params)
+
+    loop = GPT4V(module.config, module.layout, config.Compute(scan=1, remat="full"))
+    for a, b in zip(jax.tree.leaves(gradient(module)), jax.tree.leaves(gradient(loop)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * max(np.abs(a).max(), 1))
+
+
+def test_patterns():
+    base = config.Backbone(depth=6, pattern=("local", "global"), window=4)
+    assert base.also("gated", 3).kinds == ("local", "global", "local+gated", "global", "local", "global+gated")
+    assert base.first("inject", 2).kinds == ("local", "global+inject", "local+inject", "global", "local", "global")
+    assert config.Model(fusion=config.Fusion("pooled")).decoder.kinds == ("global", "global+pooled") * 2
+    two = config.Model(fusion=config.Fusion("encoder_decoder"))
+    assert two.decoder.kinds == ("global+cross",) * 4 and two.encoder == two.backbone
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"fusion": {"kind": "cross_atention"}}, "kind='cross_atention' is none of .*did you mean 'cross_attention'"),
+    ({"fusion": {"connector": "mlp2x"}}, "connector='mlp2x' is none of .*did you mean 'mlp2x_gelu'"),
+    ({"fusion": {"kind": "resampler", "into": "memry"}}, "into='memry' .*did you mean 'memory'"),
+    ({"fusion": {"tokens": 0}}, "tokens=0 must be 1 or more"),
+    ({"fusion": {"kind": "pooled", "every": 9}}, "fusion.every=9 is beyond backbone.depth=4"),
+    ({"fusion": {"inject": 4}}, "fusion.inject=4 must be less than backbone.depth=4"),
+    ({"fusion": {"kind": "pooled", "inject": 1}}, "inject=1 adds to media in the stream: kind='pooled' has none"),
+    ({"image": {"size": 8, "patch": 4, "layer": -2}}, "image.layer=-2 must be from -1"),
+    ({"backbone": {"pattern": ["global+gated"]}}, "gated, pooled, inject are set by model.fusion"),
+    ({"backbone": {"pattern": ["global+cros"]}}, "pattern='cros' .*did you mean 'cross'"),
+    ({"causal": False, "fusion": {"kind": "encoder_decoder"}}, "has a causal decoder"),
+])  # fmt: skip
+def test_bad_input(values, message):
+    with pytest.raises(config.InputError, match=message):
+        config.parse({"model": values})
+
+
+def test_a_mask_by_item_and_by_latest_step():
+    """q_item, k_item: a key of an item is seen by its own queries alone; k_kind: of each kind the latest."""
+    one = jnp.ones((1, 3), jnp.int32)
+    sight = attention.Sight(one, one, one, one, q_item=jnp.array([[1, 2, 0]]), k_item=jnp.array([[1, 0, 2]]))
+    expected = [[True, True, False], [False, True, True], [False, True, False]]
+    np.testing.assert_array_equal(attention.visible(sight)[0], expected)
+    keys, kind = jnp.array([[1, 2, 2, 3]]), jnp.array([[1, 1, 2, 1]])
+    sight = functools.partial(attention.Sight, one, jnp.array([[1, 2, 3]]), jnp.ones((1, 4), jnp.int32), keys)
+    expected = [[True, False, False, False], [False, True, True, False], [False, False, True, True]]
+    np.testing.assert_array_equal(attention.visible(sight(k_kind=kind))[0], expected)
