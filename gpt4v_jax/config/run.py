@@ -58,6 +58,25 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: the sum of terms, each its coefficient times its sum / weight. docs/objectives.md"""
+
+    answers_only: bool = True  # False: every text token is a target, also the user's, where no query sees it
+    z_loss: float = 0.0  # coefficient of logsumexp(logits)^2 (PaLM, Chowdhery et al. 2022; ST-MoE, Zoph et al. 2022)
+    contrastive: float = 0.0  # coefficient of the loss on pairs of a medium and its text; needs model.embed
+    contrastive_loss: str = "sigmoid"  # sigmoid (SigLIP, Zhai et al. 2023) | softmax (CLIP, Radford et al. 2021)
+    masked: float = 0.15  # share of the tokens that data.objective "masked" and "span" take away
+    span: float = 3.0  # tokens of a span, in the mean
+
+    def __post_init__(self):
+        one_of("contrastive_loss", self.contrastive_loss, ("sigmoid", "softmax"))
+        at_least(0, z_loss=self.z_loss, contrastive=self.contrastive)
+        at_least(1, span=self.span)
+        if not 0 < self.masked < 1:
+            raise InputError(f"masked={self.masked} must be a share, above 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Optim:
     name: str = "adamw"  # adamw | adafactor | lion | sgd | muon: matrices of the blocks by Muon, the rest by AdamW
     lr: float = 1e-3
@@ -176,6 +195,7 @@ class Config:
     model: Model = Model()
     init_from: InitFrom = InitFrom()
     data: Data = Data()
+    objective: Objective = Objective()
     optim: Optim = Optim()
     guard: Guard = Guard()
     eval: Eval = Eval()

@@ -1,7 +1,6 @@
 """The state and the train and eval steps as pure functions: what train runs and what a plan would compile."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.struct
@@ -13,6 +12,8 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import objectives, optim
+
+PLAIN = config.Objective()
 
 
 @flax.struct.dataclass
@@ -91,8 +92,8 @@ def cast(params, dtype: str):
     return params if dtype == "float32" else jax.tree_util.tree_map_with_path(one, params)
 
 
-def token_scores(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
-    """-> (-log p(target) [B,T] float32, is the target the argmax [B,T] bool), computed as model.compute says."""
+def token_scores(model: GPT4V, params, batch: batch_lib.Batch, keys=None) -> objectives.Scores:
+    """Computed as model.compute says."""
     variables = {"params": cast(params, model.compute.dtype)}
     hidden, _, _ = model.apply(variables, batch, keys=keys)
     x, head = model.apply(variables, hidden, method="before_head")
@@ -105,7 +106,7 @@ def row_keys(seed: int, step, rows: int):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
+def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None, objective: config.Objective = PLAIN):
     """-> ({name: sum / weight}, trained tokens, the gradient of "loss"), over compute.accumulate micro-batches.
 
     Each micro-batch's sum is divided by the weight of the whole batch, so that the gradients just add up.
@@ -114,8 +115,8 @@ def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
     weight = batch.weight.sum()
 
     def loss_fn(params, batch, keys):
-        sums = objectives.next_token(*token_scores(model, params, batch, keys), batch)
-        values = {name: total / weight for name, (total, _) in sums.items()}
+        sums = objectives.tokens(token_scores(model, params, batch, keys), batch, objective.z_loss > 0)
+        values = objectives.total({name: total / weight for name, (total, _) in sums.items()}, objective)
         return values["loss"], values
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -142,7 +143,7 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
 
     def train_step(state: State, batch: batch_lib.Batch):
         keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.backbone.dropout else None
-        values, weight, grads = gradients(model, state.params, batch, keys)
+        values, weight, grads = gradients(model, state.params, batch, keys, run.objective)
         if run.optim.frozen:  # they count nowhere, and need not be computed
             frozen = optim.matching(run.optim.frozen, grads)
             grads = jax.tree.map(lambda x, left: jnp.zeros_like(x) if left else x, grads, frozen)
@@ -179,7 +180,7 @@ def compile_train_step(model, tx, run: config.Config, state: State, mesh: jax.sh
 
 def make_eval_step(model: GPT4V):
     """-> eval_step(params, batch) -> per position (nats of the target [B,T], was the target the argmax [B,T])."""
-    return functools.partial(token_scores, model)
+    return lambda params, batch: token_scores(model, params, batch)[:2]
 
 
 # ---- the guard
