@@ -50,6 +50,7 @@ class Layout:
     patches: tuple[int, int, int] = (0, 0, 0)
     axes: int = 1  # A of Batch.position
     source: int = 0  # positions of Batch.source, which a separate encoder reads; 0: none
+    wide: bool = False  # a block may be as long as a row, whatever `prefix` says: masked documents, prefixes
 
     def reads(self, modality: str) -> bool:
         config.one_of("modality", modality, MEDIA)
@@ -67,8 +68,9 @@ class Layout:
 
     @property
     def room(self) -> tuple[int, ...]:
-        """-> what packing may fill of a row: positions, then items and patches of each of MEDIA."""
-        return (self.context, *(n for pair in zip(self.items, self.patches, strict=True) for n in pair))
+        """-> what packing may fill of a row: positions, then items and patches of each of MEDIA, then the source."""
+        media = (n for pair in zip(self.items, self.patches, strict=True) for n in pair)
+        return (self.context, *media, *([self.source] if self.source else []))
 
     def offset(self, modality: str) -> int:
         """-> the number, among all of a row's features, of the first one of `modality`."""
@@ -96,7 +98,7 @@ class Layout:
     @property
     def reach(self) -> int:
         """How many positions ahead of itself a query may see at most; keys beyond it need not be computed."""
-        if self.prefix in ("media+prompt", "all"):
+        if self.wide or self.prefix in ("media+prompt", "all"):
             return self.context - 1
         if self.prefix != "media":
             return 0
@@ -157,6 +159,7 @@ def layout(model: config.Model, data: config.Data) -> Layout:
         patches=tuple(patches),
         axes=model.axes,
         source=model.context if model.source else 0,
+        wide=not {"masked", "prefix"}.isdisjoint(data.kinds),
     )
 
 

@@ -71,7 +71,7 @@ def _one(folder: Path, trained: workdir.Trained, run: config.Config, name: str, 
         title = f"{name.replace('/', '-')}-{split}" if name else split
         results[title] = {}
         for evaluator in evaluators:
-            eval_lib.check(evaluator, source, run.data.name)
+            eval_lib.check(evaluator, source, run.data.name, trained.run.data.kinds)
             result = eval_lib.run(evaluator, subject)
             short = eval_lib.named(evaluator)[0]
             results[title][short] = result

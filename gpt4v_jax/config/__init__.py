@@ -29,11 +29,23 @@ from gpt4v_jax.config.parse import (
     sections,
     to_json,
 )
-from gpt4v_jax.config.run import Budget, Compute, Config, Data, Eval, Guard, InitFrom, Mesh, Objective, Optim
+from gpt4v_jax.config.run import (
+    OBJECTIVES,
+    Budget,
+    Compute,
+    Config,
+    Data,
+    Eval,
+    Guard,
+    InitFrom,
+    Mesh,
+    Objective,
+    Optim,
+)
 
 __all__ = [
     "ACTIVATIONS", "Audio", "BIASES", "Backbone", "Budget", "Compute", "Config", "Data", "Eval", "Fusion", "Guard",
-    "Image", "InitFrom", "InputError", "Mesh", "Model", "Objective", "Optim", "RopeScaling", "Towers", "Video",
-    "arguments", "at_least", "default", "differences", "from_flag", "from_json", "nearest", "one_of", "parse",
+    "Image", "InitFrom", "InputError", "Mesh", "Model", "OBJECTIVES", "Objective", "Optim", "RopeScaling", "Towers",
+    "Video", "arguments", "at_least", "default", "differences", "from_flag", "from_json", "nearest", "one_of", "parse",
     "section", "sections", "to_json",
 ]  # fmt: skip

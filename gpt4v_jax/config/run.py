@@ -21,12 +21,15 @@ class Budget:
 METRICS = ("accuracy", "loss", "loss_a_character", "loss_a_letter", "wer", "bleu", "chrf", "plain", "R@1",
            "R@5", "R@10")  # by which a checkpoint may be the best  # fmt: skip
 AUGMENT = ("shift", "flip", "voice", "mask")
+OBJECTIVES = ("next_token", "masked", "span", "prefix")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     name: str = "digits_world"  # of ours, or tfds:NAME, llava:FILE, jsonl:FILE, folder:DIR; docs/data.md
     mixture: tuple[str, ...] = ()  # instead of name, several: "name: weight" or "name: first:10%"; docs/data.md
+    objective: str = "next_token"  # of OBJECTIVES; docs/objectives.md
+    objectives: tuple[str, ...] = ()  # of data sets that have another one, as "songci=masked"
     dir: str = ""  # where raw files are looked for; "" means the environment's GPT4V_DATA_DIR
     cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
     tokenizer: str = "bpe"  # byte | bpe | wordpiece | char: from the training split | a file; docs/tokenizers.md
@@ -46,6 +49,8 @@ class Data:
     threads: int = 2  # that read ahead; 0 reads in line
 
     def __post_init__(self):
+        for objective in self.kinds:
+            one_of("objective", objective, OBJECTIVES)
         for name in self.blank:
             one_of("blank", name, ("image", "video", "audio"))
         for name in self.augment:
@@ -55,6 +60,16 @@ class Data:
         at_least(1, vocab=self.vocab)
         if not 0 <= self.bad <= 1:
             raise InputError(f"bad={self.bad} must be a share, from 0 to 1")
+
+    @property
+    def own(self) -> dict[str, str]:
+        """`objectives` by data set."""
+        return dict(text.rpartition("=")[::2] for text in self.objectives)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every objective that is named."""
+        return tuple(dict.fromkeys((self.objective, *self.own.values())))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,15 +40,20 @@ class Document:
     ar: np.ndarray  # bool
     media: tuple[tuple[int, Medium], ...] = ()  # (position of the first placeholder, the medium)
     source: tuple[int, ...] = ()  # tokens that a separate encoder reads
+    trained: np.ndarray | None = None  # bool: the tokens that are to be learnt; weight says where they are targets
+    shifted: bool = True  # False: a position's target is its own token, before it was masked
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def document(pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib.Layout) -> Document:
+def document(
+    pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib.Layout, answers_only: bool = True
+) -> Document:
     """Lays turns one after the other: `<user>` pieces `<assistant>` pieces `<end>` ...; a medium is its placeholders.
 
     A conversation that ends with the user's turn is a prompt: `<assistant>` follows it, and nothing is trained.
+    answers_only False: the user's text is trained, too, but for what lies in a block.
     """
     tokens, trained, ar, media = [], [], [], []
 
@@ -65,14 +70,14 @@ def document(pieces: Iterable[Piece], special: dict[str, int], layout: batch_lib
             lay([special[f"<{piece.role}>"]], False)
             role = piece.role
             first = first or role == "assistant" and len(tokens)
-        train = role == "assistant" and piece.trained
+        train = piece.trained and (role == "assistant" or not answers_only)
         if piece.medium:
             media.append((len(tokens), piece.medium))
             count = layout.count(piece.medium.modality, piece.medium.shape)
             lay([special[f"<{piece.medium.modality}>"]] * count, False, block=layout.prefix != "none")
         else:
             lay(list(piece.ids), train)
-    lay([special["<end>" if role == "assistant" else "<assistant>"]], train)
+    lay([special["<end>" if role == "assistant" else "<assistant>"]], train and role == "assistant")
     if layout.prefix == "media+prompt":  # up to the first answer, trained or given: a later question is no prefix
         first = first or len(tokens)
         ar[1:first] = [False] * (first - 1)
@@ -91,7 +96,8 @@ def length(pieces: Sequence[Piece], layout: batch_lib.Layout) -> int:
 
 def needs(pieces: Sequence[Piece], layout: batch_lib.Layout) -> tuple[int, ...]:
     """-> what a document takes of a row: positions, then items and patches of each of batch.MEDIA (Layout.room)."""
-    return (length(pieces, layout), *media_needs([p.medium for p in pieces if p.medium], layout))
+    media = media_needs([p.medium for p in pieces if p.medium], layout)
+    return (length(pieces, layout), *media, *([0] if layout.source else []))
 
 
 def media_needs(media: Iterable[Medium], layout: batch_lib.Layout) -> tuple[int, ...]:
@@ -109,4 +115,4 @@ def shifted(tokens, trained, ar, media=()) -> Document:
     """Next-token targets: position t outputs token t + 1, where that one is trained and opens a causal step."""
     target = np.append(tokens[1:], 0).astype(np.int32)
     weight = np.append((trained & ar)[1:], False).astype(np.float32)
-    return Document(tokens, target, weight, ar, media)
+    return Document(tokens, target, weight, ar, media, trained=trained)

@@ -59,7 +59,8 @@ def used(needs: np.ndarray, layout: batch_lib.Layout, rows: list[list[int]]) -> 
     """-> the share of the rows' positions, and of each modality's patches, that documents take."""
     total = needs[[i for row in rows for i in row]].sum(0) / max(len(rows), 1)
     room = layout.room
-    names = ("positions", *(name for m in batch_lib.MEDIA for name in (f"{m} items", f"{m} patches")))
+    media = (name for m in batch_lib.MEDIA for name in (f"{m} items", f"{m} patches"))
+    names = ("positions", *media, *(["source"] if layout.source else []))
     return {name: float(total[k] / room[k]) for k, name in enumerate(names) if room[k] and not name.endswith("items")}
 
 
@@ -104,13 +105,14 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
     filled = dict.fromkeys(batch_lib.MEDIA, 0)  # patches
     for number, doc in enumerate(documents, 1):
         n, at = len(doc), slice(start, start + len(doc))
-        if bool(layout.source) != bool(doc.source) or layout.prefix == "all" and doc.ar.any():
-            raise config.InputError(
-                "these data are one causal stream: there is no training or scoring on them yet for a model with a "
-                "separate encoder (model.source) or a bidirectional stream (model.causal=False)"
-            )
-        if (doc.weight[:-1] * (~doc.ar[1:])).any():
+        if layout.prefix == "all" and doc.ar.any():
+            raise config.InputError("these documents are causal, and model.causal=False: such a model learns by "
+                                    "data.objective='masked', and is evaluated by 'masked'")
+        if doc.shifted and (doc.weight[:-1] * (~doc.ar[1:])).any():
             raise ValueError(f"document {number}: a trained target lies inside a block, where its query sees it")
+        if (block := longest_block(doc)) > layout.reach + 1:
+            raise config.InputError(f"document {number}: a block of {block} positions, and a query sees {layout.reach} "
+                                    "ahead: name the objective in data.objective of the run that is trained")
         try:
             media = [(first, medium, read(medium)) for first, medium in doc.media]
         except BadMedium:  # who reads it has counted it
@@ -143,6 +145,13 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
         odd = ids[(ids < 0) | (ids >= layout.vocab)][0]
         raise config.InputError(f"token id {odd} is outside the vocabulary of {layout.vocab}: is it this tokenizer's?")
     return row
+
+
+def longest_block(doc: Document) -> int:
+    """-> positions of the longest block, which see each other."""
+    opens = doc.ar.copy()
+    opens[:1] = True
+    return int(np.diff([*np.flatnonzero(opens), len(doc)]).max(initial=0))
 
 
 def positions(doc: Document, layout: batch_lib.Layout) -> np.ndarray:

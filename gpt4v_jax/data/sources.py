@@ -18,8 +18,9 @@ import tensorflow_datasets as tfds
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, datasets, files, media
+from gpt4v_jax.data import chat, datasets, files, media, objectives
 from gpt4v_jax.data.bad import Bad
+from gpt4v_jax.data.objectives import Task
 from gpt4v_jax.data.tokenizer import Tokenizer
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.data.windows import Windows
@@ -170,7 +171,13 @@ class Conversations:
     A caption has a document of its own because beside it the questions can be answered without looking.
     """
 
-    def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
+    def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None,
+                 task: Task | None = None):  # fmt: skip
+        """task: what is made of each document; None: its answers' next tokens are learnt."""
+        self.task = task or Task()
+        if self.task.kind in ("span", "prefix"):
+            raise config.InputError(f"data.objective={self.task.kind!r} is for plain text, and {data.name} holds "
+                                    "conversations: use next_token or masked")
         self._records, self._data, self._seed = records, data, seed
         self.name, self.layout, self.special = data.name, layout, tokenizer.special
         self.records: list[Record] = []
@@ -278,7 +285,8 @@ class Conversations:
         return np.array(rows, int).reshape(-1, len(self.layout.room))
 
     def document(self, epoch: int, i: int) -> chat.Document:
-        return chat.document(self.pieces(epoch, i), self.special, self.layout)
+        made = chat.document(self.pieces(epoch, i), self.special, self.layout, self.task.answers_only)
+        return self.task(made, epoch, i)
 
     def read(self, medium: chat.Medium, blank: bool = False):
         """-> its views' patches, or what `blank` makes of them. Raises BadMedium where it cannot be decoded, and counts
@@ -372,16 +380,23 @@ def _texts(records, data: config.Data, bad: Bad):
 
 
 def from_records(
-    records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None, share: float = 1.0
-):
+    records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None, share: float = 1.0,
+    objective: config.Objective | None = None,
+):  # fmt: skip
     """The records of a split -> documents. seed None: for evaluation, in order and not augmented. share: only so much
-    of the beginning, of the records or of a text's tokens."""
+    of the beginning, of the records or of a text's tokens. objective: documents are made for it and data.objective;
+    None: answers' next tokens are learnt, and all of a text's."""
     if not len(records):
         raise config.InputError(f"{data.name} has no record")
+    task = objective and task_of(data.objective, objective, data, tokenizer, layout, seed)
     first = next(usable(records, data), {})
     if "text" in first:
         bad = Bad(data.name, len(records), data.bad)
-        return Windows(_texts(records, data, bad), data, tokenizer, layout, seed, bad, share)
+        return Windows(_texts(records, data, bad), data, tokenizer, layout, seed, bad, share, task)
     if share < 1:
         data = dataclasses.replace(data, limit=max(round(share * limit(data, len(records))), 1))
-    return Conversations(records, data, tokenizer, layout, seed)
+    return Conversations(records, data, tokenizer, layout, seed, task)
+
+
+def task_of(kind: str, objective: config.Objective, data: config.Data, tokenizer, layout: batch_lib.Layout, seed):
+    return Task(kind, objective, tokenizer, seed, objectives.longest(data, layout.context))
