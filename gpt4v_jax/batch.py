@@ -50,6 +50,7 @@ class Layout:
     patches: tuple[int, int, int] = (0, 0, 0)
     axes: int = 1  # A of Batch.position
     source: int = 0  # positions of Batch.source, which a separate encoder reads; 0: none
+    pairs: int = 0  # P of Batch.pair
     wide: bool = False  # a block may be as long as a row, whatever `prefix` says: masked documents, prefixes
 
     def reads(self, modality: str) -> bool:
@@ -159,6 +160,7 @@ def layout(model: config.Model, data: config.Data) -> Layout:
         patches=tuple(patches),
         axes=model.axes,
         source=model.context if model.source else 0,
+        pairs=sum(items) if model.embed else 0,  # each has a medium, so that this is enough
         wide=not {"masked", "prefix"}.isdisjoint(data.kinds),
     )
 
@@ -186,6 +188,15 @@ class Source:
 
 
 @flax.struct.dataclass
+class Pair:
+    """Media and their texts, each a document of its own, and in it the position at which it is an embedding."""
+
+    medium: Array  # [B,P] int32: stream index
+    text: Array  # [B,P] int32: stream index
+    id: Array  # [B,P] int32: equal where the texts are; -1 is padding
+
+
+@flax.struct.dataclass
 class Batch:
     """One step's data; a flat pytree of fixed shapes."""
 
@@ -200,6 +211,7 @@ class Batch:
     video: Media | None = None
     audio: Media | None = None
     source: Source | None = None
+    pair: Pair | None = None
     token_type: Array | None = None  # [B,T] int32: row of the table of token types; None: 0 everywhere
 
 
@@ -243,9 +255,15 @@ def empty(layout: Layout, rows: int) -> Batch:
         weight=np.zeros((rows, T), np.float32),
         **media,
         source=_empty_source(rows, layout.source) if layout.source else None,
+        pair=_empty_pair(rows, layout.pairs) if layout.pairs else None,
     )
 
 
 def _empty_source(rows: int, S: int) -> Source:
     tokens, position, document = (np.zeros((rows, S, *more), np.int32) for more in ((), (1,), ()))
     return Source(tokens, position, document)
+
+
+def _empty_pair(rows: int, P: int) -> Pair:
+    zeros = np.zeros((rows, P), np.int32)
+    return Pair(zeros, zeros.copy(), zeros - 1)

@@ -175,7 +175,7 @@ def load_parts(run: config.Config, params, mesh: jax.sharding.Mesh):
 def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Callable[[step_lib.State], dict]:
     """-> evaluate(state) -> {"evaluator/metric": value}; `check` may raise to leave it undone."""
     run = stream.run
-    eval_step = jax.jit(step_lib.make_eval_step(model))
+    eval_step, embed_step = jax.jit(step_lib.make_eval_step(model)), jax.jit(step_lib.make_embed_step(model))
 
     def evaluate(state) -> dict[str, float]:
         params, results = state.params if state.ema is None else state.ema, {}
@@ -183,7 +183,7 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
             data_set = eval_lib.named(evaluator)[1]
             subject = common.Subject(
                 mixture.one(run, data_set), stream.layout, stream.tokenizer, mesh, eval_step, params,
-                stream.held_out[data_set], run.eval.split, check,
+                stream.held_out[data_set], run.eval.split, check, embed_step,
             )  # fmt: skip
             result = eval_lib.run(evaluator, subject)
             results |= {f"{evaluator}/{key}": float(value) for key, value in result.metrics.items()}

@@ -221,5 +221,9 @@ class Config:
                  keep_last=self.keep_last)  # fmt: skip
         if self.batch % self.compute.accumulate:
             raise InputError(f"batch={self.batch} is not a multiple of compute.accumulate={self.compute.accumulate}")
+        if self.objective.contrastive and not (self.model.embed and (self.model.image or self.model.video
+                                                                     or self.model.audio)):  # fmt: skip
+            raise InputError(f"objective.contrastive={self.objective.contrastive} needs a space and media: set "
+                             "model.embed, and model.image, video or audio")
         if self.init_from.run_parameters and not self.init_from.run:
             raise InputError(f"init_from.run_parameters={self.init_from.run_parameters!r} needs init_from.run")

@@ -41,6 +41,7 @@ class Document:
     media: tuple[tuple[int, Medium], ...] = ()  # (position of the first placeholder, the medium)
     source: tuple[int, ...] = ()  # tokens that a separate encoder reads
     trained: np.ndarray | None = None  # bool: the tokens that are to be learnt; weight says where they are targets
+    pair: "Document | None" = None  # a text that goes with these media: a document of its own, behind it in the row
     shifted: bool = True  # False: a position's target is its own token, before it was masked
 
     def __len__(self) -> int:
@@ -82,6 +83,16 @@ def document(
         first = first or len(tokens)
         ar[1:first] = [False] * (first - 1)
     return shifted(np.array(tokens, np.int32), np.array(trained), np.array(ar), tuple(media))
+
+
+def pair(
+    media: Sequence[Piece], text: Sequence[Piece], special: dict[str, int], layout: batch_lib.Layout
+) -> Document:
+    """-> the media alone, and as its `pair` the text alone; each ends where all was read. None is trained."""
+    one, other = (document(pieces, special, layout) for pieces in (media, text))
+    if layout.prefix == "all":
+        one, other = (dataclasses.replace(d, ar=np.zeros_like(d.ar)) for d in (one, other))
+    return dataclasses.replace(one, pair=dataclasses.replace(other, weight=np.zeros_like(other.weight)))
 
 
 def length(pieces: Sequence[Piece], layout: batch_lib.Layout) -> int:

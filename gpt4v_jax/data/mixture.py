@@ -87,6 +87,9 @@ def train_source(records: dict, data: config.Data, tokenizer: Tokenizer, layout:
     for entry in entries(data):
         one = of(data, entry)
         parts.append(sources.from_records(records[entry.name], one, tokenizer, layout, seed, entry.share, objective))
+    if objective.contrastive and not any(any(all(r.pair) for r in getattr(p, "records", ())) for p in parts):
+        raise config.InputError(f"objective.contrastive={objective.contrastive} needs records of a medium and a text, "
+                                f"and {', '.join(part.name for part in parts)} has none")
     return Mixture(parts, [entry.weight for entry in entries(data)], seed) if data.mixture else parts[0]
 
 

@@ -49,6 +49,7 @@ class Task:
                  tokenizer: Tokenizer | None = None, seed: int | None = None, longest: int = 0):  # fmt: skip
         """longest: tokens of the longest document, of "span". seed None: for evaluation, as with seed 0."""
         self.kind, self.answers_only, self._objective, self._seed = kind, objective.answers_only, objective, seed or 0
+        self.pairs = objective.contrastive > 0
         if kind == "masked":
             self._mask, self._words = tokenizer.mask, tokenizer.words()
             _demand(self._mask, kind, MASK)

@@ -7,6 +7,7 @@ a host makes only its own rows.
 import bisect
 import functools
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -101,7 +102,8 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
     its positions are padding. Raises ValueError where a trained target would be visible to its own query.
     """
     row = jax.tree.map(lambda x: x[0], batch_lib.empty(layout, 1))
-    start, read_to, items = 0, 0, dict.fromkeys(batch_lib.MEDIA, 0)
+    documents = [part for doc in documents for part in (doc, doc.pair) if part is not None]
+    start, read_to, pairs, items = 0, 0, 0, dict.fromkeys(batch_lib.MEDIA, 0)
     filled = dict.fromkeys(batch_lib.MEDIA, 0)  # patches
     for number, doc in enumerate(documents, 1):
         n, at = len(doc), slice(start, start + len(doc))
@@ -116,7 +118,7 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
         try:
             media = [(first, medium, read(medium)) for first, medium in doc.media]
         except BadMedium:  # who reads it has counted it
-            start += n
+            start, pairs = start + n, pairs + (doc.pair is not None)
             continue
         row.tokens[at], row.target[at], row.weight[at], row.ar[at] = doc.tokens, doc.target, doc.weight, doc.ar
         row.position[at], row.document[at] = positions(doc, layout), number
@@ -135,6 +137,10 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
                 filled[medium.modality] += m
                 here += m
         start += n
+        if doc.pair is not None:
+            row.pair.medium[pairs], row.pair.text[pairs] = start - 1, start + len(doc.pair) - 1
+            row.pair.id[pairs] = zlib.crc32(doc.pair.tokens.tobytes()) >> 1
+            pairs += 1
         if doc.source:
             at = slice(read_to, read_to + len(doc.source))
             row.source.tokens[at], row.source.document[at] = doc.source, number

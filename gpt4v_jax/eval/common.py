@@ -37,6 +37,7 @@ class Subject:
     source: Any
     split: str
     check: Callable[[], None] = lambda: None  # called before every batch; may raise, to leave the work undone
+    embed_step: Callable | None = None  # training.step.make_embed_step, compiled; None where the model has no space
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ class Scores(NamedTuple):
     nats: jax.Array  # float32: -log softmax(logits)[target]
     hit: jax.Array  # bool: is the target the argmax
     log_sum: jax.Array  # float32: logsumexp(logits)
+    embedded: tuple[jax.Array, jax.Array] | None = None  # of Batch.pair: media and texts [B,P,E]
 
 
 def tokens(scores: Scores, batch: batch_lib.Batch, z_loss: bool = False) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -103,7 +104,7 @@ def _forward(x, head, target, chunks):
 
 def _backward(chunks, saved, gradient):
     x, head, target, log_sum = saved
-    of_nats, _, of_log_sum = gradient  # a hit has none
+    of_nats, of_log_sum = gradient.nats, gradient.log_sum  # a hit has none
 
     def step(total, i):
         dx, dhead = total
