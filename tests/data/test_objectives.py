@@ -28,6 +28,7 @@ MODEL = config.Model(
     backbone=dataclasses.replace(BLOCK, pattern=("cross",)), source=BLOCK,
 )  # fmt: skip
 LAYOUT = batch_lib.layout(MODEL, DATA)
+FORWARD = jax.jit(step_lib.forward, static_argnums=0)
 TEXT = (string.ascii_lowercase + " ") * 40
 
 
@@ -213,7 +214,7 @@ def test_packed_equals_separate():
     """The losses of documents of every objective in one row are those of each in a row of its own."""
     source = mixed()
     model = GPT4V(MODEL, LAYOUT)
-    params = step_lib.init_params(model, 0)
+    params = jax.jit(lambda: step_lib.init_params(model, 0))()
     row = max(packing.RowPlan(source.needs, LAYOUT, 0).epoch(0),
               key=lambda row: len({source.parts[source.owner(i)].task.kind for i in row}))  # fmt: skip
     documents = [source.document(0, i) for i in row]
@@ -231,13 +232,13 @@ def test_a_trained_position_does_not_see_its_target():
     """By gradient: what a position outputs does not move with the input at its target's place, unless that is itself
     and was left as it is; and a masked document's positions see all of it."""
     source, model = mixed(), GPT4V(MODEL, LAYOUT)
-    params = step_lib.init_params(model, 0)
+    params = jax.jit(lambda: step_lib.init_params(model, 0))()
     for kind in ALL:
         made = next(part for part in source.parts if part.task.kind == kind).document(0, 1)
         batch = packing.stack([packing.fill([made], source.read, LAYOUT)])
 
         def outputs(tokens, batch=batch):
-            return step_lib.forward(model, params, batch.replace(tokens=tokens))[0]
+            return np.asarray(FORWARD(model, params, batch.replace(tokens=tokens)))[0]
 
         before, n = outputs(batch.tokens), len(made)
         for t in range(n):
@@ -249,6 +250,19 @@ def test_a_trained_position_does_not_see_its_target():
             else:
                 assert not (moved[:t] & (made.weight[:t] > 0)).any()
                 assert moved[t:].all()
+
+
+def test_a_masked_document_is_one_to_a_causal_and_to_a_bidirectional_model():
+    """Chunks of queries meet all keys of the row, too: it is longer than one chunk."""
+    outputs = []
+    for causal in (True, False):
+        model = config.Model(vocab=TOKENIZER.vocab, context=90, causal=causal, init_std=0.3, backbone=BLOCK)
+        data = dataclasses.replace(DATA, objectives=("masked=masked",))
+        layout = batch_lib.layout(model, data if causal else config.Data())
+        batch = packing.stack([packing.fill([task("masked")(text_document(80), 0, 0)], None, layout)])
+        module = GPT4V(model, layout)
+        outputs.append(FORWARD(module, jax.jit(lambda m=module: step_lib.init_params(m, 0))(), batch))
+    np.testing.assert_allclose(*outputs, atol=1e-5)
 
 
 def test_an_unshifted_target_gives_the_plain_cross_entropy():

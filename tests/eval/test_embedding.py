@@ -93,7 +93,7 @@ def config_of(**changes):
     values.model.source = config.sections(block)
     values.objective.update(contrastive=1.0, z_loss=1e-3, answers_only=False)
     values.optim.warmup = 2
-    values.eval.update(batch=4, every=2, evaluators=("zero_shot@pictures", "embedding@pictures", "masked@masked",
+    values.eval.update(batch=4, every=4, evaluators=("zero_shot@pictures", "embedding@pictures", "masked@masked",
                                                      "span@span", "prefix@prefix", "windows@plain"))  # fmt: skip
     values.update_from_flattened_dict(changes)
     return config.from_flag(values)
