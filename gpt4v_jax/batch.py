@@ -53,6 +53,8 @@ class Layout:
     place: str = "stream"  # where the vectors of media go: config.Fusion.place
     tokens: int = 0  # vectors that a view becomes; 0: as many as it has patches
     merges: int = 1  # so many patches squared become one vector; of a sound, so many
+    pairs: int = 0  # P of Batch.pair
+    wide: bool = False  # a block may be as long as a row, whatever `prefix` says: masked documents, prefixes
 
     def reads(self, modality: str) -> bool:
         config.one_of("modality", modality, MEDIA)
@@ -126,7 +128,7 @@ class Layout:
     @property
     def reach(self) -> int:
         """How many positions ahead of itself a query may see at most; keys beyond it need not be computed."""
-        if self.prefix in ("media+prompt", "all"):
+        if self.wide or self.prefix in ("media+prompt", "all"):
             return self.context - 1
         if self.prefix != "media":
             return 0
@@ -198,6 +200,8 @@ def layout(model: config.Model, data: config.Data) -> Layout:
         place=fusion.place,
         tokens=fusion.tokens if fusion.kind in config.RESAMPLED else 0,
         merges=fusion.merges,
+        pairs=sum(items) if model.embed else 0,  # each has a medium, so that this is enough
+        wide=not {"masked", "prefix"}.isdisjoint(data.kinds),
     )
 
 
@@ -230,6 +234,15 @@ class Source:
 
 
 @flax.struct.dataclass
+class Pair:
+    """Media and their texts, each a document of its own, and in it the position at which it is an embedding."""
+
+    medium: Array  # [B,P] int32: stream index
+    text: Array  # [B,P] int32: stream index
+    id: Array  # [B,P] int32: equal where the texts are; -1 is padding
+
+
+@flax.struct.dataclass
 class Batch:
     """One step's data; a flat pytree of fixed shapes."""
 
@@ -244,6 +257,7 @@ class Batch:
     video: Media | None = None
     audio: Media | None = None
     source: Source | None = None
+    pair: Pair | None = None
     token_type: Array | None = None  # [B,T] int32: row of the table of token types; None: 0 everywhere
 
 
@@ -312,6 +326,7 @@ def empty(layout: Layout, rows: int) -> Batch:
         weight=np.zeros((rows, T), np.float32),
         **media,
         source=_empty_source(rows, layout) if layout.source else None,
+        pair=_empty_pair(rows, layout.pairs) if layout.pairs else None,
     )
 
 
@@ -319,3 +334,8 @@ def _empty_source(rows: int, layout: Layout) -> Source:
     zeros = np.zeros((rows, layout.source), np.int32)
     position = np.zeros((rows, layout.source, layout.axes), np.int32)
     return Source(zeros, position, zeros.copy(), zeros.copy(), zeros - 1)
+
+
+def _empty_pair(rows: int, P: int) -> Pair:
+    zeros = np.zeros((rows, P), np.int32)
+    return Pair(zeros, zeros.copy(), zeros - 1)

@@ -62,16 +62,18 @@ def _one(folder: Path, trained: workdir.Trained, run: config.Config, name: str, 
     if name:  # not every data set of a mixture has each split
         splits = [split for split in splits if split in there]
     eval_step = jax.jit(step_lib.make_eval_step(trained.model))
+    embed_step = jax.jit(step_lib.make_embed_step(trained.model))
     results: dict[str, dict] = {}
     for split in splits:
         source = common.open_source(run, split, trained.tokenizer, trained.layout)
         subject = common.Subject(
-            run, trained.layout, trained.tokenizer, trained.mesh, eval_step, trained.params, source, split
+            run, trained.layout, trained.tokenizer, trained.mesh, eval_step, trained.params, source, split,
+            embed_step=embed_step,
         )
         title = f"{name.replace('/', '-')}-{split}" if name else split
         results[title] = {}
         for evaluator in evaluators:
-            eval_lib.check(evaluator, source, run.data.name)
+            eval_lib.check(evaluator, source, run.data.name, trained.run.data.kinds)
             result = eval_lib.run(evaluator, subject)
             short = eval_lib.named(evaluator)[0]
             results[title][short] = result

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
+from gpt4v_jax.data import objectives
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.interop import parts as parts_lib
@@ -139,7 +140,9 @@ def with_vocabulary(run: config.Config) -> tuple[config.Config, list[str]]:
     if vocab:
         return run, []
     if data.tokenizer not in ("bpe", "wordpiece", "char"):  # the others need no corpus
-        vocab, source = tokenizer_lib.train(data.tokenizer, (), data.vocab, data.end).vocab, f"of {data.tokenizer}"
+        extra = objectives.special_tokens(data, run.objective, run.model.context)
+        made = tokenizer_lib.train(data.tokenizer, (), data.vocab, data.end, extra=extra)
+        vocab, source = made.vocab, f"of {data.tokenizer}"
     elif data.tokenizer != "char":
         vocab, source = data.vocab, "data.vocab, an upper bound: the run trains its tokenizer"
     else:

@@ -59,6 +59,7 @@ PARAMS = (
     (r"patch_norm/(scale|bias)$", ("patch",)),
     (r"norm/(scale|bias)$", ("width",)),
     (r"(_scale|class_token|mask_token|probe)/value$", ("width",)),
+    (r"projection/kernel$", ("width", None)),
     (r"head_hidden/kernel$", (None, "width")),
     (r"head_hidden/bias$", ("width",)),
     (r"head/kernel$", ("width", "vocab_out")),

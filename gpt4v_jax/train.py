@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config, sharding
 from gpt4v_jax import eval as eval_lib
-from gpt4v_jax.data import mixture, packing, pipeline
+from gpt4v_jax.data import mixture, objectives, packing, pipeline
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.data.windows import Windows
 from gpt4v_jax.eval import common
@@ -114,12 +114,15 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
     if resumes:
         tokenizer = tokenizer_lib.load(folder / "tokenizer.json", run.data.end)
     else:
-        tokenizer = tokenizer_lib.train(run.data.tokenizer, mixture.corpus(run.data), run.data.vocab, run.data.end)
+        tokenizer = tokenizer_lib.train(
+            run.data.tokenizer, mixture.corpus(run.data), run.data.vocab, run.data.end,
+            extra=objectives.special_tokens(run.data, run.objective, run.model.context),
+        )  # fmt: skip
     there = workdir.load_config(folder).model.vocab if resumes else parts.vocab(run)
     vocab = run.model.vocab or max(tokenizer.vocab, there)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab=vocab))
     layout = batch_lib.layout(run.model, run.data)
-    source = mixture.train_source(records, run.data, tokenizer, layout, run.seed)
+    source = mixture.train_source(records, run.data, tokenizer, layout, run.seed, run.objective)
     plan = packing.RowPlan(source.needs, layout, run.seed)
     held_out, best = {}, []
     for evaluator in run.eval.evaluators:
@@ -127,7 +130,7 @@ def open_stream(run: config.Config, folder: Path, mesh: jax.sharding.Mesh, resum
         if name not in held_out:
             held_out[name] = common.open_source(
                 mixture.one(run, name), run.eval.split, tokenizer, layout, run.eval.limit)
-        eval_lib.check(evaluator, held_out[name], name or run.data.name)
+        eval_lib.check(evaluator, held_out[name], name or run.data.name, run.data.kinds)
         best += [f"{evaluator}/{metric}" for metric in eval_lib.metrics(evaluator, held_out[name])]
     if run.eval.best:
         config.one_of("config.eval.best", run.eval.best, tuple(best))
@@ -172,7 +175,7 @@ def load_parts(run: config.Config, params, mesh: jax.sharding.Mesh):
 def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Callable[[step_lib.State], dict]:
     """-> evaluate(state) -> {"evaluator/metric": value}; `check` may raise to leave it undone."""
     run = stream.run
-    eval_step = jax.jit(step_lib.make_eval_step(model))
+    eval_step, embed_step = jax.jit(step_lib.make_eval_step(model)), jax.jit(step_lib.make_embed_step(model))
 
     def evaluate(state) -> dict[str, float]:
         params, results = state.params if state.ema is None else state.ema, {}
@@ -180,7 +183,7 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
             data_set = eval_lib.named(evaluator)[1]
             subject = common.Subject(
                 mixture.one(run, data_set), stream.layout, stream.tokenizer, mesh, eval_step, params,
-                stream.held_out[data_set], run.eval.split, check,
+                stream.held_out[data_set], run.eval.split, check, embed_step,
             )  # fmt: skip
             result = eval_lib.run(evaluator, subject)
             results |= {f"{evaluator}/{key}": float(value) for key, value in result.metrics.items()}

@@ -90,7 +90,7 @@ def test_autoregressive_factorisation():
         chain *= p[np.arange(len(p)), sequences[:, t + 1]]
     np.testing.assert_allclose(log_p, np.log(chain), rtol=1e-5)
 
-    total, tokens = objectives.next_token(*objectives.of_logits(forward(batch), batch.target), batch)["loss"]
+    total, tokens = objectives.tokens(objectives.of_logits(forward(batch), batch.target), batch)["loss"]
     assert float(total) == pytest.approx(-np.log(chain).sum(), rel=1e-5)
     assert tokens == len(sequences) * T
 

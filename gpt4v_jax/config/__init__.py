@@ -33,11 +33,23 @@ from gpt4v_jax.config.parse import (
     sections,
     to_json,
 )
-from gpt4v_jax.config.run import Budget, Compute, Config, Data, Eval, Guard, InitFrom, Mesh, Optim
+from gpt4v_jax.config.run import (
+    OBJECTIVES,
+    Budget,
+    Compute,
+    Config,
+    Data,
+    Eval,
+    Guard,
+    InitFrom,
+    Mesh,
+    Objective,
+    Optim,
+)
 
 __all__ = [
     "ACTIVATIONS", "Audio", "BIASES", "Backbone", "Budget", "CONNECTORS", "Compute", "Config", "Data", "Eval",
-    "FUSIONS", "Fusion", "Guard", "Image", "InitFrom", "InputError", "Mesh", "Model", "Optim", "READS", "RESAMPLED",
-    "RopeScaling", "Towers", "Video", "arguments", "at_least", "default", "differences", "from_flag", "from_json",
-    "nearest", "one_of", "parse", "section", "sections", "to_json",
+    "FUSIONS", "Fusion", "Guard", "Image", "InitFrom", "InputError", "Mesh", "Model", "OBJECTIVES", "Objective",
+    "Optim", "READS", "RESAMPLED", "RopeScaling", "Towers", "Video", "arguments", "at_least", "default",
+    "differences", "from_flag", "from_json", "nearest", "one_of", "parse", "section", "sections", "to_json",
 ]  # fmt: skip

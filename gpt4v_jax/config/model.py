@@ -316,6 +316,7 @@ class Model:
     head_bias: bool = False
     logit_scale: float = 1.0  # of the hidden states before the head (tied T5: width^-1/2)
     logit_cap: float = 0.0  # logits become cap tanh(logit / cap) (Gemma 2); 0: no cap
+    embed: int = 0  # width of the space of media and texts (objective.contrastive); 0: there is none
     init_std: float = 0.02  # of the embedding tables and the head; other matrices start at 1 / sqrt(fan-in)
     backbone: Backbone = Backbone()
     source: Backbone | None = None  # the encoder of Batch.source, which `cross` blocks of the backbone read; under
@@ -333,8 +334,8 @@ class Model:
         at_least(1, context=self.context)
         if self.axes not in (1, 3) or self.axes == 3 and self.position != "rope":
             raise InputError(f"axes={self.axes} must be 1, or with position='rope' 3")
-        at_least(0, position_offset=self.position_offset, token_types=self.token_types, logit_cap=self.logit_cap)
-        at_least(0, source_context=self.source_context)
+        at_least(0, position_offset=self.position_offset, token_types=self.token_types, logit_cap=self.logit_cap,
+                 embed=self.embed, source_context=self.source_context)  # fmt: skip
         for stack in (self.backbone, self.source):
             if stack and self.position == "rope" and stack.head_dim % 2:
                 raise InputError(f"backbone.head_dim={stack.head_dim} must be even, for rope turns pairs")

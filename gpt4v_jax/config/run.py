@@ -21,12 +21,15 @@ class Budget:
 METRICS = ("accuracy", "loss", "loss_a_character", "loss_a_letter", "wer", "bleu", "chrf", "plain", "R@1",
            "R@5", "R@10")  # by which a checkpoint may be the best  # fmt: skip
 AUGMENT = ("shift", "flip", "voice", "mask")
+OBJECTIVES = ("next_token", "masked", "span", "prefix")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     name: str = "digits_world"  # of ours, or tfds:NAME, llava:FILE, jsonl:FILE, folder:DIR; docs/data.md
     mixture: tuple[str, ...] = ()  # instead of name, several: "name: weight" or "name: first:10%"; docs/data.md
+    objective: str = "next_token"  # of OBJECTIVES; docs/objectives.md
+    objectives: tuple[str, ...] = ()  # of data sets that have another one, as "songci=masked"
     dir: str = ""  # where raw files are looked for; "" means the environment's GPT4V_DATA_DIR
     cache: str = ""  # where prepared data sets go; "" means GPT4V_CACHE_DIR, else ~/.cache/gpt4v_jax
     tokenizer: str = "bpe"  # byte | bpe | wordpiece | char: from the training split | a file; docs/tokenizers.md
@@ -46,6 +49,8 @@ class Data:
     threads: int = 2  # that read ahead; 0 reads in line
 
     def __post_init__(self):
+        for objective in self.kinds:
+            one_of("objective", objective, OBJECTIVES)
         for name in self.blank:
             one_of("blank", name, ("image", "video", "audio"))
         for name in self.augment:
@@ -55,6 +60,35 @@ class Data:
         at_least(1, vocab=self.vocab)
         if not 0 <= self.bad <= 1:
             raise InputError(f"bad={self.bad} must be a share, from 0 to 1")
+
+    @property
+    def own(self) -> dict[str, str]:
+        """`objectives` by data set."""
+        return dict(text.rpartition("=")[::2] for text in self.objectives)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every objective that is named."""
+        return tuple(dict.fromkeys((self.objective, *self.own.values())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: the sum of terms, each its coefficient times its sum / weight. docs/objectives.md"""
+
+    answers_only: bool = True  # False: every text token is a target, also the user's, where no query sees it
+    z_loss: float = 0.0  # coefficient of logsumexp(logits)^2 (PaLM, Chowdhery et al. 2022; ST-MoE, Zoph et al. 2022)
+    contrastive: float = 0.0  # coefficient of the loss on pairs of a medium and its text; needs model.embed
+    contrastive_loss: str = "sigmoid"  # sigmoid (SigLIP, Zhai et al. 2023) | softmax (CLIP, Radford et al. 2021)
+    masked: float = 0.15  # share of the tokens that data.objective "masked" and "span" take away
+    span: float = 3.0  # tokens of a span, in the mean
+
+    def __post_init__(self):
+        one_of("contrastive_loss", self.contrastive_loss, ("sigmoid", "softmax"))
+        at_least(0, z_loss=self.z_loss, contrastive=self.contrastive)
+        at_least(1, span=self.span)
+        if not 0 < self.masked < 1:
+            raise InputError(f"masked={self.masked} must be a share, above 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +210,7 @@ class Config:
     model: Model = Model()
     init_from: InitFrom = InitFrom()
     data: Data = Data()
+    objective: Objective = Objective()
     optim: Optim = Optim()
     guard: Guard = Guard()
     eval: Eval = Eval()
@@ -186,5 +221,9 @@ class Config:
                  keep_last=self.keep_last)  # fmt: skip
         if self.batch % self.compute.accumulate:
             raise InputError(f"batch={self.batch} is not a multiple of compute.accumulate={self.compute.accumulate}")
+        if self.objective.contrastive and not (self.model.embed and (self.model.image or self.model.video
+                                                                     or self.model.audio)):  # fmt: skip
+            raise InputError(f"objective.contrastive={self.objective.contrastive} needs a space and media: set "
+                             "model.embed, and model.image, video or audio")
         if self.init_from.run_parameters and not self.init_from.run:
             raise InputError(f"init_from.run_parameters={self.init_from.run_parameters!r} needs init_from.run")

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, files, packing, sources
+from gpt4v_jax.data import chat, files, objectives, packing, sources
 from gpt4v_jax.data.tokenizer import Tokenizer
 from gpt4v_jax.data.windows import Windows
 
@@ -43,12 +43,15 @@ def entries(data: config.Data) -> list[Entry]:
     names = [entry.name for entry in out]
     if len(set(names)) < len(names):
         raise config.InputError(f"data.mixture={data.mixture} names a data set twice: give it one weight")
+    for name in data.own:
+        config.one_of("data.objectives", name, tuple(names))
     return out
 
 
 def of(data: config.Data, entry: Entry) -> config.Data:
     """-> the Data of one entry alone."""
-    return dataclasses.replace(data, name=entry.name, mixture=())
+    own = data.own.get(entry.name, data.objective)
+    return dataclasses.replace(data, name=entry.name, mixture=(), objective=own, objectives=())
 
 
 def one(run: config.Config, name: str) -> config.Config:
@@ -58,7 +61,7 @@ def one(run: config.Config, name: str) -> config.Config:
         raise config.InputError(f"the run reads {', '.join(names)}: say which one, such as @{names[0]}")
     if name:
         config.one_of("data set", name, tuple(names))
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, name=name or names[0], mixture=()))
+    return dataclasses.replace(run, data=of(run.data, Entry(name or names[0])))
 
 
 def open_train(data: config.Data) -> dict[str, object]:
@@ -77,11 +80,16 @@ def corpus(data: config.Data):
         yield from sources.corpus(of(data, entry))
 
 
-def train_source(records: dict, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int):
+def train_source(records: dict, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int,
+                 objective: config.Objective = config.Objective()):  # fmt: skip  # noqa: B008, frozen
     parts = []
+    objectives.check({of(data, entry).objective for entry in entries(data)}, layout)
     for entry in entries(data):
-        made = sources.from_records(records[entry.name], of(data, entry), tokenizer, layout, seed, entry.share)
-        parts.append(made)
+        one = of(data, entry)
+        parts.append(sources.from_records(records[entry.name], one, tokenizer, layout, seed, entry.share, objective))
+    if objective.contrastive and not any(any(all(r.pair) for r in getattr(p, "records", ())) for p in parts):
+        raise config.InputError(f"objective.contrastive={objective.contrastive} needs records of a medium and a text, "
+                                f"and {', '.join(part.name for part in parts)} has none")
     return Mixture(parts, [entry.weight for entry in entries(data)], seed) if data.mixture else parts[0]
 
 
@@ -151,7 +159,7 @@ class Tally:
             needs = self._source.needs(epoch)
             for i in numbers:
                 k = self._source.owner(i) if len(self._parts) > 1 else 0
-                self._totals[k] += (1, needs[i][0], *needs[i][1:-1:2])
+                self._totals[k] += (1, needs[i][0], *needs[i][1 : 2 * len(batch_lib.MEDIA) : 2])
         self._row = max(row, self._row)
         out = {}
         for part, (count, dropped), (documents, tokens, *media) in zip(

@@ -8,6 +8,7 @@ import bisect
 import functools
 import math
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -60,7 +61,8 @@ def used(needs: np.ndarray, layout: batch_lib.Layout, rows: list[list[int]]) -> 
     """-> the share of the rows' positions, and of each modality's patches, that documents take."""
     total = needs[[i for row in rows for i in row]].sum(0) / max(len(rows), 1)
     room = layout.room
-    names = ("positions", *(name for m in batch_lib.MEDIA for name in (f"{m} items", f"{m} patches")))
+    media = (name for m in batch_lib.MEDIA for name in (f"{m} items", f"{m} patches"))
+    names = ("positions", *media, *(["source"] if layout.source else []))
     return {name: float(total[k] / room[k]) for k, name in enumerate(names) if room[k] and not name.endswith("items")}
 
 
@@ -101,23 +103,30 @@ def fill(documents: Sequence[Document], read: Callable[[Medium], Sequence[Patche
     its positions are padding. Raises ValueError where a trained target would be visible to its own query.
     """
     row = jax.tree.map(lambda x: x[0], batch_lib.empty(layout, 1))
-    start, read_to, media_filler = 0, 0, _Media(row, layout)
+    documents = [part for doc in documents for part in (doc, doc.pair) if part is not None]
+    start, read_to, pairs, media_filler = 0, 0, 0, _Media(row, layout)
     for number, doc in enumerate(documents, 1):
         at, asked = slice(start, start + len(doc)), slice(read_to, read_to + len(doc.source))
         start, read_to = at.stop, asked.stop
-        if bool(layout.source) != bool(doc.source) or layout.prefix == "all" and doc.ar.any():
-            raise config.InputError(
-                "these data are one causal stream: there is no training or scoring on them yet for a model with a "
-                "separate encoder (model.source) or a bidirectional stream (model.causal=False)"
-            )
-        if (doc.weight[:-1] * (~doc.ar[1:])).any():
+        if layout.prefix == "all" and doc.ar.any():
+            raise config.InputError("these documents are causal, and model.causal=False: such a model learns by "
+                                    "data.objective='masked', and is evaluated by 'masked'")
+        if doc.shifted and (doc.weight[:-1] * (~doc.ar[1:])).any():
             raise ValueError(f"document {number}: a trained target lies inside a block, where its query sees it")
+        if (block := longest_block(doc)) > layout.reach + 1:
+            raise config.InputError(f"document {number}: a block of {block} positions, and a query sees {layout.reach} "
+                                    "ahead: name the objective in data.objective of the run that is trained")
         try:
             media = [(first, medium, read(medium)) for first, medium in doc.media]
         except BadMedium:  # who reads it has counted it
+            pairs += doc.pair is not None
             continue
         row.tokens[at], row.target[at], row.weight[at], row.ar[at] = doc.tokens, doc.target, doc.weight, doc.ar
         row.position[at], row.document[at] = positions(len(doc), () if doc.source else doc.media, layout), number
+        if doc.pair is not None:
+            row.pair.medium[pairs], row.pair.text[pairs] = start - 1, start + len(doc.pair) - 1
+            row.pair.id[pairs] = zlib.crc32(doc.pair.tokens.tobytes()) >> 1
+            pairs += 1
         if doc.source:
             next_to = at.start + np.array(doc.source_at or (0,) * len(doc.source))
             row.source.tokens[asked], row.source.document[asked], row.source.at[asked] = doc.source, number, next_to
@@ -159,6 +168,13 @@ class _Media:
                 first, count = self._features[name], math.prod(grids[i])
                 slot[here : here + count] = layout.offset(name) + np.arange(first, first + count)
                 self._features[name], here = first + count, here + count
+
+
+def longest_block(doc: Document) -> int:
+    """-> positions of the longest block, which see each other."""
+    opens = doc.ar.copy()
+    opens[:1] = True
+    return int(np.diff([*np.flatnonzero(opens), len(doc)]).max(initial=0))
 
 
 def positions(n: int, media: Sequence[tuple[int, Medium]], layout: batch_lib.Layout) -> np.ndarray:

@@ -34,7 +34,8 @@ def batches(
         first = step * rows
         batch = packing.stack([packing.fill(documents(first + int(k)), source.read, layout) for k in share])
         # Where a share trains nothing, the batch may: documents say so without their pictures.
-        if not batch.weight.any() and not any(doc.weight.any() for k in range(rows) for doc in documents(first + k)):
+        trains = batch.weight.any() or batch.pair is not None and (batch.pair.id >= 0).any()
+        if not trains and not any(doc.pair or doc.weight.any() for k in range(rows) for doc in documents(first + k)):
             raise config.InputError(f"step {step}: no token of the batch is trained; do its records have answers?")
         return batch
 

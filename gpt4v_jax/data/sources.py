@@ -18,13 +18,16 @@ import tensorflow_datasets as tfds
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, datasets, files, media
+from gpt4v_jax.data import chat, datasets, files, media, objectives
 from gpt4v_jax.data.bad import Bad
+from gpt4v_jax.data.objectives import Task
+from gpt4v_jax.data.records import Record, Turn
 from gpt4v_jax.data.tokenizer import Tokenizer
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.data.windows import Windows
 
 CHUNK = 256  # records read at once
+PAIR = -2  # in the place of a document's first turn
 
 
 def cache_dir(data: config.Data) -> Path:
@@ -126,51 +129,22 @@ def media_of(record, turn: int = 0) -> list[tuple[str, bytes]]:
     return [(name, bytes_of(record[name])) for name in batch_lib.MEDIA if name in record]
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """A question and its answer. `asks`: the user's pieces, which may hold media besides the text."""
-
-    kind: str
-    question: str
-    answer: str
-    asks: tuple[chat.Piece, ...]
-    answer_ids: tuple[int, ...]
-
-    @property
-    def pieces(self) -> tuple[chat.Piece, ...]:
-        return (*self.asks, chat.Piece("assistant", self.answer_ids))
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What is known of a record before its media are decoded. `media` come before the first question."""
-
-    number: int  # in the split
-    media: tuple[chat.Medium, ...]
-    turns: tuple[Turn, ...]
-    captions: tuple[Turn, ...] = ()
-    ordered: bool = False  # a conversation, whose turns stay as they are
-    system: tuple[int, ...] = ()  # a conversation's first words, in front of each document that is made of it
-
-    def before(self, turn: int) -> tuple[chat.Medium, ...]:
-        """-> the media of the record and of its turns before this one."""
-        asked = (piece.medium for t in self.turns[:turn] for piece in t.asks if piece.medium)
-        return (*self.media, *asked)
-
-    @property
-    def all_media(self) -> tuple[chat.Medium, ...]:
-        return self.before(len(self.turns))
-
-
 class Conversations:
     """Records of turns, most with media. A record of questions gives a document of `data.turns` of them, or as many as
     a row can hold, drawn from (seed, epoch, record), and one of each of `data.captions` captions; a conversation gives
-    one document, or, where a row cannot hold it, one for each run of turns that fits.
+    one document, or, where a row cannot hold it, one for each run of turns that fits. With task.pairs there is one more
+    of each record with media: these alone, and one of its texts alone (chat.pair).
 
     A caption has a document of its own because beside it the questions can be answered without looking.
     """
 
-    def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None):
+    def __init__(self, records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None,
+                 task: Task | None = None):  # fmt: skip
+        """task: what is made of each document; None: its answers' next tokens are learnt."""
+        self.task = task or Task()
+        if self.task.kind in ("span", "prefix"):
+            raise config.InputError(f"data.objective={self.task.kind!r} is for plain text, and {data.name} holds "
+                                    "conversations: use next_token or masked")
         self._records, self._data, self._seed = records, data, seed
         self.name, self.layout, self.special = data.name, layout, tokenizer.special
         self.records: list[Record] = []
@@ -193,13 +167,16 @@ class Conversations:
         self._remembered = functools.lru_cache(maxsize=4)(self._needs)
         # Whether epochs differ in more than the order of documents.
         self._drawn = any(len(r.turns) > 1 and not r.ordered or len(r.captions) > 1 for r in self.records)
-        self._documents: list[tuple[int, int, int]] = []  # (record, first turn and turns; or -1, number of the caption)
+        # (record, first turn and turns; or -1, number of the caption; or PAIR, 0)
+        self._documents: list[tuple[int, int, int]] = []
         for r, record in enumerate(self.records):
             if record.ordered:
                 self._documents += [(r, first, count) for first, count in self._runs(record)]
             else:
                 asked = [(r, 0, data.turns)] if data.turns and record.turns else []
                 self._documents += asked + [(r, -1, k) for k in range(min(data.captions, len(record.captions)))]
+            if self.task.pairs and all(record.pair):
+                self._documents.append((r, PAIR, 0))
 
     def _record(self, i: int, raw: dict, encode) -> Record:
         found = []
@@ -262,8 +239,17 @@ class Conversations:
                 turns.pop()
         else:
             turns = [record.captions[self._order(epoch, record, record.captions)[count]]]
-        drawn = epoch if self._data.augment and self._seed is not None else -1
-        return [_drawn(piece, drawn) for piece in _pieces(record, found, turns)]
+        return [_drawn(piece, self._drawn_in(epoch)) for piece in _pieces(record, found, turns)]
+
+    def _drawn_in(self, epoch: int) -> int:
+        return epoch if self._data.augment and self._seed is not None else -1
+
+    def _pair(self, epoch: int, i: int) -> tuple[list[chat.Piece], list[chat.Piece]]:
+        """Document i of the epoch, which is a pair -> the pieces of its media, those of its text."""
+        record = self.records[self._documents[i][0]]
+        found, texts = record.pair
+        text = texts[self._order(epoch, record, texts)[0]]
+        return paired(found, text, self._drawn_in(epoch))
 
     def _too_long(self, pieces: list[chat.Piece]) -> bool:
         stream, source = chat.lengths(pieces, self.layout)
@@ -278,11 +264,17 @@ class Conversations:
         return self._remembered(epoch if self._drawn else 0)
 
     def _needs(self, epoch: int) -> np.ndarray:
-        rows = [chat.needs(self.pieces(epoch, i), self.layout) for i in range(len(self._documents))]
+        rows = []
+        for i, (_, first, _) in enumerate(self._documents):
+            parts = self._pair(epoch, i) if first == PAIR else (self.pieces(epoch, i),)
+            rows.append(np.sum([chat.needs(part, self.layout) for part in parts], axis=0))
         return np.array(rows, int).reshape(-1, len(self.layout.room))
 
     def document(self, epoch: int, i: int) -> chat.Document:
-        return chat.document(self.pieces(epoch, i), self.special, self.layout)
+        if self._documents[i][1] == PAIR:
+            return chat.pair(*self._pair(epoch, i), self.special, self.layout)
+        made = chat.document(self.pieces(epoch, i), self.special, self.layout, self.task.answers_only)
+        return self.task(made, epoch, i)
 
     def read(self, medium: chat.Medium, blank: bool = False):
         """-> its views' patches, or what `blank` makes of them. Raises BadMedium where it cannot be decoded, and counts
@@ -310,6 +302,11 @@ def _pieces(record: Record, found: tuple[chat.Medium, ...], turns) -> list[chat.
     first = [chat.Piece("user", record.system)] if record.system else []
     first += [chat.Piece("user", medium=medium) for medium in found]
     return [*first, *(piece for turn in turns for piece in turn.pieces)]
+
+
+def paired(found: tuple[chat.Medium, ...], text: Turn, drawn: int) -> tuple[list[chat.Piece], list[chat.Piece]]:
+    """-> the pieces of media alone, and of a text alone."""
+    return [_drawn(chat.Piece("user", medium=m), drawn) for m in found], [chat.Piece("assistant", text.answer_ids)]
 
 
 def _drawn(piece: chat.Piece, drawn: int) -> chat.Piece:
@@ -376,16 +373,23 @@ def _texts(records, data: config.Data, bad: Bad):
 
 
 def from_records(
-    records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None, share: float = 1.0
-):
+    records, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None, share: float = 1.0,
+    objective: config.Objective | None = None,
+):  # fmt: skip
     """The records of a split -> documents. seed None: for evaluation, in order and not augmented. share: only so much
-    of the beginning, of the records or of a text's tokens."""
+    of the beginning, of the records or of a text's tokens. objective: documents are made for it and data.objective;
+    None: answers' next tokens are learnt, and all of a text's."""
     if not len(records):
         raise config.InputError(f"{data.name} has no record")
+    task = objective and task_of(data.objective, objective, data, tokenizer, layout, seed)
     first = next(usable(records, data), {})
     if "text" in first:
         bad = Bad(data.name, len(records), data.bad)
-        return Windows(_texts(records, data, bad), data, tokenizer, layout, seed, bad, share)
+        return Windows(_texts(records, data, bad), data, tokenizer, layout, seed, bad, share, task)
     if share < 1:
         data = dataclasses.replace(data, limit=max(round(share * limit(data, len(records))), 1))
-    return Conversations(records, data, tokenizer, layout, seed)
+    return Conversations(records, data, tokenizer, layout, seed, task)
+
+
+def task_of(kind: str, objective: config.Objective, data: config.Data, tokenizer, layout: batch_lib.Layout, seed):
+    return Task(kind, objective, tokenizer, seed, objectives.longest(data, layout.context))

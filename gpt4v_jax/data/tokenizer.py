@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from absl import flags
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -25,6 +26,7 @@ from gpt4v_jax import command, config
 # <image>, <video> and <audio> are placeholders of media.
 SPECIALS = ("<pad>", "<end>", "<user>", "<assistant>", "<image>", "<video>", "<audio>")
 KINDS = ("char", "byte", "bpe", "wordpiece")  # trained here; a path is the other choice
+MASK = "<mask>"  # there where a run asks for it (data.objectives)
 UNKNOWN = "[UNK]"  # of WordPiece. Not among the special tokens: an answer shows where it stands.
 
 
@@ -75,6 +77,17 @@ class Tokenizer:
     def id(self, token: str) -> int | None:
         return self.inner.token_to_id(token)
 
+    @property
+    def mask(self) -> int | None:
+        """The token that stands for a hidden one: ours and RoBERTa's, or BERT's."""
+        return next((id for id in map(self.id, (MASK, "[MASK]")) if id is not None), None)
+
+    def words(self) -> np.ndarray:
+        """-> the ids that are no special tokens, rising."""
+        added = self.inner.get_added_tokens_decoder().items()
+        special = [*self.special.values(), *self.ends, *(id for id, token in added if token.special)]
+        return np.setdiff1d(np.arange(self.vocab), special)
+
     def token(self, id: int) -> str | None:
         return self.inner.id_to_token(id)
 
@@ -104,12 +117,21 @@ def load(path: Path, end: tuple[str, ...] = ("<end>",)) -> Tokenizer:
 
 
 def train(
-    kind: str, texts: Iterable[str], vocab: int, end: tuple[str, ...] = ("<end>",), lower: bool = False
-) -> Tokenizer:
+    kind: str, texts: Iterable[str], vocab: int, end: tuple[str, ...] = ("<end>",), lower: bool = False,
+    extra: tuple[str, ...] = (),
+) -> Tokenizer:  # fmt: skip
     """kind "char": the corpus's characters in sorted order, no special tokens; "byte": the 256 bytes, nothing is
     trained; "bpe", "wordpiece": at most `vocab` tokens; a path that `load` reads: that tokenizer, with our special
     tokens behind its own vocabulary. lower: "wordpiece" makes letters small and drops accents, as BERT's uncased does.
+    extra: more special tokens, behind all others and beyond `vocab`; those that a tokenizer has keep their ids.
     """
+    made = _trained(kind, texts, vocab, end, lower)
+    missing = [token for token in extra if token != MASK or made.mask is None]
+    made.inner.add_special_tokens(missing)
+    return Tokenizer(made.inner, end) if missing else made
+
+
+def _trained(kind: str, texts: Iterable[str], vocab: int, end: tuple[str, ...], lower: bool) -> Tokenizer:
     if lower and kind != "wordpiece":
         raise config.InputError(f"lower is for 'wordpiece' alone: {kind!r} keeps letters as they are")
     if kind == "char":

@@ -6,6 +6,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat
 from gpt4v_jax.data.bad import Bad
+from gpt4v_jax.data.objectives import Task
 from gpt4v_jax.data.tokenizer import Tokenizer
 
 
@@ -17,9 +18,9 @@ class Windows:
     """
 
     def __init__(self, texts, data: config.Data, tokenizer: Tokenizer, layout: batch_lib.Layout, seed: int | None,
-                 bad: Bad | None = None, share: float = 1.0):  # fmt: skip
+                 bad: Bad | None = None, share: float = 1.0, task: Task | None = None):  # fmt: skip
         """texts: one after the other; between two of them lies `<end>`, where the tokenizer has one. share: only
-        so much of the beginning."""
+        so much of the beginning. task: what is made of each window; None: it is as above."""
         end = [tokenizer.special["<end>"]] if "<end>" in tokenizer.special else []
         ids: list[int] = []
         said, length, self._places = [], 0, []  # in evaluation: all texts, and where in them each token ends
@@ -33,7 +34,7 @@ class Windows:
                 length += len(text)
         self._said = "".join(said)
         self._ids = np.array(ids[: round(share * len(ids))], np.int32)
-        self.name, self.layout = data.name, layout
+        self.name, self.layout, self.task = data.name, layout, task or Task()
         self._T, self._seed = min(data.window or layout.context, layout.context), seed
         self.bad = bad or Bad(data.name, 1, data.bad)
         if len(self._ids) < 2 * self._T:
@@ -44,12 +45,15 @@ class Windows:
 
     def needs(self, epoch: int) -> np.ndarray:
         n = (len(self._ids) - 1 - self._offset(epoch)) // self._T
-        return np.tile([self._T, *[0] * (len(self.layout.room) - 1)], (n, 1))
+        positions, source = self.task.lengths(self._T)
+        media = [0] * (2 * len(batch_lib.MEDIA))
+        return np.tile([positions, *media, source], (n, 1))
 
     def document(self, epoch: int, i: int) -> chat.Document:
         T, start = self._T, self._offset(epoch) + i * self._T
         ids = self._ids[start : start + T + 1]
-        return chat.Document(ids[:-1], ids[1:], np.ones(T, np.float32), np.ones(T, bool))
+        ones = np.ones(T, bool)
+        return self.task(chat.Document(ids[:-1], ids[1:], ones.astype(np.float32), ones, trained=ones), epoch, i)
 
     def trained_text(self) -> str:
         """-> the text of those tokens that are targets in evaluation, as it was before a tokenizer changed it."""

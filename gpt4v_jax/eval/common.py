@@ -37,6 +37,7 @@ class Subject:
     source: Any
     split: str
     check: Callable[[], None] = lambda: None  # called before every batch; may raise, to leave the work undone
+    embed_step: Callable | None = None  # training.step.make_embed_step, compiled; None where the model has no space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,19 @@ def score(subject: Subject, source) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     count = len(source.needs(0))
     nats, tokens, exact = np.zeros(count), np.zeros(count), np.zeros(count, bool)
+    for number, nats_n, hit_n in positions(subject, source):
+        nats[number], tokens[number] = nats_n.sum(), len(nats_n)
+        exact[number] = hit_n.any() and hit_n.all()  # what could not be read is wrong
+    if not tokens.all() and sharding.is_first():
+        lost = int((tokens == 0).sum())
+        why = "no row can hold them, or their media cannot be read"
+        print(f"{lost:,} of {count:,} documents count as wrong: {why}", file=sys.stderr, flush=True)
+    return nats, tokens, exact
+
+
+def positions(subject: Subject, source):
+    """-> (number, nats [n], was the target the argmax [n]) of each document that a row can hold, of its n trained
+    positions."""
     shards = sharding.ways(subject.mesh, "batch")
     rows = -(-subject.run.eval.batch // shards) * shards
     share = sharding.local_rows(subject.mesh, rows)
@@ -87,13 +101,7 @@ def score(subject: Subject, source) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         for row, numbers in enumerate(documents):
             for k, number in enumerate(numbers, 1):
                 at = (document_BT[row] == k) & (weight_BT[row] > 0)
-                nats[number], tokens[number] = nats_BT[row][at].sum(), at.sum()
-                exact[number] = at.any() and hit_BT[row][at].all()  # what could not be read is wrong
-    if not tokens.all() and sharding.is_first():
-        lost = int((tokens == 0).sum())
-        why = "no row can hold them, or their media cannot be read"
-        print(f"{lost:,} of {count:,} documents count as wrong: {why}", file=sys.stderr, flush=True)
-    return nats, tokens, exact
+                yield number, nats_BT[row][at], hit_BT[row][at]
 
 
 def bootstrap(score: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:

@@ -1,7 +1,10 @@
 """The loss over a whole split."""
 
+import copy
+
 import numpy as np
 
+from gpt4v_jax.data import sources
 from gpt4v_jax.eval import common
 
 
@@ -9,6 +12,17 @@ def answers(subject: common.Subject) -> common.Result:
     """Nats a token of all answers and captions, in documents as they are trained."""
     nats, tokens, _ = common.score(subject, subject.source)
     return common.Result({"loss": nats.sum() / max(tokens.sum(), 1), "tokens": tokens.sum()})
+
+
+def denoised(subject: common.Subject, kind: str) -> common.Result:
+    """Loss and accuracy on what the objective `kind` takes from each document; what it takes is the same each time."""
+    source, run = copy.copy(subject.source), subject.run
+    source.task = sources.task_of(kind, run.objective, run.data, subject.tokenizer, subject.layout, seed=None)
+    number, nats, hit = (list(column) for column in zip(*common.positions(subject, source), strict=True))
+    records, right = np.repeat(number, [len(x) for x in hit]), np.concatenate(hit)
+    metrics = {"loss": np.concatenate(nats).mean(), "accuracy": right.mean(), "tokens": len(right)}
+    counts = {kind: (int(right.sum()), len(right))}
+    return common.Result(metrics | common.by_record(right, records), counts)
 
 
 def windows(subject: common.Subject) -> common.Result:

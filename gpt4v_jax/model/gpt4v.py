@@ -96,6 +96,9 @@ class GPT4V(nn.Module):
             self.head = Kernel(c.backbone.width, c.vocab, gain=c.init_std * c.backbone.width**0.5)
         if c.head_bias:
             self.head_bias = Vector(c.vocab)
+        if c.embed:
+            self.projection = Linear((c.backbone.width,), (c.embed,))
+            self.pair_scale, self.pair_bias = Vector(0), Vector(0)
 
     def __call__(self, batch: batch_lib.Batch, cache=None, keys=None, capture: bool = False):
         """-> (hidden [B,T,D], cache, out).
@@ -148,6 +151,9 @@ class GPT4V(nn.Module):
             cache = cache.replace(k=k, v=v, memory=memory_kvs)
         if self.is_initializing():
             self.logits(hidden)
+            if self.config.embed:
+                self.embeddings(hidden, batch_lib.Pair(batch.tokens[:, :1], batch.tokens[:, :1], batch.tokens[:, :1]))
+                self.learned()
         return hidden, cache, out
 
     def _encoded(self, batch: batch_lib.Batch, prompt, source_BSD, cache, keys) -> batch_lib.Memory:
@@ -168,6 +174,20 @@ class GPT4V(nn.Module):
         """Hidden states [...,D] -> logits [...,V] in float32."""
         x, head = self.before_head(hidden)
         return head(x)
+
+    def embeddings(self, hidden, pair: batch_lib.Pair) -> tuple[jax.Array, jax.Array]:
+        """Hidden states [B,T,D] -> unit vectors [B,P,E] float32 of media and of texts; anything where there is none."""
+
+        def one(index_BP):
+            x = jnp.take_along_axis(hidden, jnp.maximum(index_BP, 0)[..., None], axis=1)
+            x = self.projection(x).astype(jnp.float32)
+            return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+        return one(pair.medium), one(pair.text)
+
+    def learned(self) -> tuple[jax.Array, jax.Array]:
+        """-> what training has added to the scale and to the bias of the products of media and texts, both []."""
+        return self.pair_scale(), self.pair_bias()
 
     def before_head(self, hidden) -> tuple[jax.Array, Head]:
         """-> (what the head reads [...,D], the head)."""

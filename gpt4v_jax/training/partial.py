@@ -10,7 +10,7 @@ from gpt4v_jax import config
 from gpt4v_jax.training import checkpoint, leaves, steps, workdir
 
 # Keys of config.Model that may differ: they change no meaning of a weight, or only how many there are.
-_MAY_DIFFER = r"model\.(vocab|context|init_std|fusion\..*|((backbone|source|image\.encoder)\.)(dropout|depth))"
+_MAY_DIFFER = r"model\.(vocab|context|init_std|embed|fusion\..*|((backbone|source|image\.encoder)\.)(dropout|depth))"
 
 
 def check(run: config.Config, tokenizer) -> None:

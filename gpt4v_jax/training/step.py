@@ -1,7 +1,6 @@
 """The state and the train and eval steps as pure functions: what train runs and what a plan would compile."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.struct
@@ -12,7 +11,9 @@ import optax
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.model.gpt4v import GPT4V
-from gpt4v_jax.training import objectives, optim
+from gpt4v_jax.training import contrastive, objectives, optim
+
+PLAIN = config.Objective()
 
 
 @flax.struct.dataclass
@@ -91,12 +92,15 @@ def cast(params, dtype: str):
     return params if dtype == "float32" else jax.tree_util.tree_map_with_path(one, params)
 
 
-def token_scores(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
-    """-> (-log p(target) [B,T] float32, is the target the argmax [B,T] bool), computed as model.compute says."""
+def token_scores(model: GPT4V, params, batch: batch_lib.Batch, keys=None) -> objectives.Scores:
+    """Computed as model.compute says."""
     variables = {"params": cast(params, model.compute.dtype)}
     hidden, _, _ = model.apply(variables, batch, keys=keys)
     x, head = model.apply(variables, hidden, method="before_head")
-    return objectives.scores(x, head, batch.target, model.compute.vocab_chunks)
+    scores = objectives.scores(x, head, batch.target, model.compute.vocab_chunks)
+    if batch.pair is None:
+        return scores
+    return scores._replace(embedded=model.apply(variables, hidden, batch.pair, method="embeddings"))
 
 
 def row_keys(seed: int, step, rows: int):
@@ -105,23 +109,32 @@ def row_keys(seed: int, step, rows: int):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
+def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None, objective: config.Objective = PLAIN):
     """-> ({name: sum / weight}, trained tokens, the gradient of "loss"), over compute.accumulate micro-batches.
 
-    Each micro-batch's sum is divided by the weight of the whole batch, so that the gradients just add up.
+    Each micro-batch's sum is divided by the weight of the whole batch, so that the gradients just add up. Pairs see the
+    whole batch: what each micro-batch's embeddings are to change is found before (`of_pairs`).
     """
     micro = model.compute.accumulate
     weight = batch.weight.sum()
+    pairs = objective.contrastive > 0
 
-    def loss_fn(params, batch, keys):
-        sums = objectives.next_token(*token_scores(model, params, batch, keys), batch)
-        values = {name: total / weight for name, (total, _) in sums.items()}
-        return values["loss"], values
+    def loss_fn(params, batch, keys, pull=None):
+        """pull: the gradient of the loss by this micro-batch's embeddings, where they are not the whole batch's."""
+        scores = token_scores(model, params, batch, keys)
+        sums = objectives.tokens(scores, batch, objective.z_loss > 0)
+        values = {name: total / jnp.where(weight > 0, weight, 1) for name, (total, _) in sums.items()}
+        if pairs and pull is None:
+            values["contrastive"] = pair_loss(model, params, scores.embedded, batch.pair.id, objective)
+        loss = objectives.total(values, objective)["loss"]
+        if pull is not None:
+            loss += sum(jax.tree.leaves(jax.tree.map(jnp.vdot, pull, scores.embedded)))
+        return loss, values
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if micro == 1:
         grads, values = grad_fn(params, batch, keys)
-        return values, weight, grads
+        return objectives.total(values, objective), weight, grads
 
     def split(x):  # every micro-th row: the rows of a device stay on it
         x = jnp.swapaxes(x.reshape(x.shape[0] // micro, micro, *x.shape[1:]), 0, 1)
@@ -130,10 +143,37 @@ def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
     def add(total, part):
         return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
 
-    shapes = jax.eval_shape(grad_fn, params, batch, keys)
+    parts = jax.tree.map(split, (batch, keys))
+    if pairs:
+        (of_batch, of_whole), pull = of_pairs(model, params, parts, objective)
+        parts = (*parts, pull)
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], parts))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, values), _ = jax.lax.scan(add, start, jax.tree.map(split, (batch, keys)))
-    return values, weight, grads
+    (grads, values), _ = jax.lax.scan(add, start, parts)
+    if pairs:
+        values["contrastive"], grads = of_batch, jax.tree.map(jnp.add, grads, of_whole)
+    return objectives.total(values, objective), weight, grads
+
+
+def pair_loss(model: GPT4V, params, embedded, id, objective: config.Objective):
+    return contrastive.loss(embedded, id, model.apply({"params": params}, method="learned"), objective.contrastive_loss)
+
+
+def of_pairs(model: GPT4V, params, parts, objective: config.Objective):
+    """The first of two passes (GradCache, Gao et al. 2021): all micro-batches' embeddings, and what the loss is to
+    change in them -> ((the loss on pairs, coefficient x its gradient by what only it reads of the parameters),
+    coefficient x its gradient by the embeddings, micro-batch by micro-batch).
+
+    parts: (batch, keys), whose leaves have the micro-batches in front.
+    """
+    _, embedded = jax.lax.scan(lambda _, part: (None, token_scores(model, params, *part).embedded), None, parts)
+
+    def loss_fn(params, embedded):
+        value = pair_loss(model, params, embedded, parts[0].pair.id, objective)
+        return objective.contrastive * value, value
+
+    (of_params, of_embedded), value = jax.grad(loss_fn, (0, 1), has_aux=True)(params, embedded)
+    return (value, of_params), of_embedded
 
 
 def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.Config):
@@ -142,7 +182,7 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
 
     def train_step(state: State, batch: batch_lib.Batch):
         keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.backbone.dropout else None
-        values, weight, grads = gradients(model, state.params, batch, keys)
+        values, weight, grads = gradients(model, state.params, batch, keys, run.objective)
         if run.optim.frozen:  # they count nowhere, and need not be computed
             frozen = optim.matching(run.optim.frozen, grads)
             grads = jax.tree.map(lambda x, left: jnp.zeros_like(x) if left else x, grads, frozen)
@@ -179,7 +219,12 @@ def compile_train_step(model, tx, run: config.Config, state: State, mesh: jax.sh
 
 def make_eval_step(model: GPT4V):
     """-> eval_step(params, batch) -> per position (nats of the target [B,T], was the target the argmax [B,T])."""
-    return functools.partial(token_scores, model)
+    return lambda params, batch: token_scores(model, params, batch)[:2]
+
+
+def make_embed_step(model: GPT4V):
+    """-> embed_step(params, batch) -> unit vectors [B,P,E] of the media of Batch.pair, and of its texts."""
+    return lambda params, batch: token_scores(model, params, batch).embedded
 
 
 # ---- the guard

@@ -145,7 +145,7 @@ def test_variants_start_at_ln_v_and_train_every_parameter(
     batch = tiny.rows(model.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
 
     def loss(params):
-        total, weight = objectives.next_token(*step_lib.token_scores(model, params, batch), batch)["loss"]
+        total, weight = objectives.tokens(step_lib.token_scores(model, params, batch), batch)["loss"]
         return total / weight
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)

@@ -1,10 +1,13 @@
 """Losses are a sum and a weight, which neither padding nor the layout of rows moves."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt4v_jax import config
 from gpt4v_jax.model.gpt4v import Head
 from gpt4v_jax.training import objectives
 from tests import tiny
@@ -15,7 +18,7 @@ LOGITS = np.random.default_rng(0).normal(size=(2, 24, tiny.VOCAB)).astype(np.flo
 
 
 def next_token(logits, batch):
-    return objectives.next_token(*objectives.of_logits(logits, batch.target), batch)
+    return objectives.tokens(objectives.of_logits(logits, batch.target), batch)
 
 
 def test_next_token_equals_numpy():
@@ -80,7 +83,7 @@ def test_pieces_of_the_vocabulary_equal_the_whole(vocabulary, chunks, bias, cap,
     direction = jnp.array(np.random.default_rng(0).normal(size=target.shape))
 
     def value(x, head, chunks):
-        nats, hit = objectives.scores(x, head, target, chunks)
+        nats, hit, _ = objectives.scores(x, head, target, chunks)
         return (nats * direction).sum(), (nats, hit)
 
     whole, pieces = (jax.value_and_grad(value, (0, 1), has_aux=True)(x, head, n) for n in (1, chunks))
@@ -91,6 +94,32 @@ def test_pieces_of_the_vocabulary_equal_the_whole(vocabulary, chunks, bias, cap,
         worst = max(float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()) for a, b in pairs)
         shown(f"vocabulary 13 in 4 pieces, bias {bias}, cap {cap}, tied {tied}: values and gradients", f"{worst:.1e}",
               "1e-05")  # fmt: skip
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_z_loss(chunks):
+    """By hand, and its gradient, which the pieces have from their own formula: 2 log_sum x softmax x weight."""
+    x, head, target = head_case(13, True, 0.0)
+    batch = types.SimpleNamespace(weight=jnp.array(np.random.default_rng(3).uniform(0, 2, target.shape)))
+
+    def value(x, head):
+        return objectives.tokens(objectives.scores(x, head, target, chunks), batch, z_loss=True)["z_loss"][0]
+
+    logits = np.asarray(head(x), np.float64)
+    log_sum = np.log(np.exp(logits).sum(-1))
+    result, (of_x, of_head) = jax.value_and_grad(value, (0, 1))(x, head)
+    np.testing.assert_allclose(result, (log_sum**2 * batch.weight).sum(), rtol=1e-5)
+    of_logits = (2 * log_sum * np.asarray(batch.weight))[..., None] * np.exp(logits - log_sum[..., None])
+    np.testing.assert_allclose(of_x, of_logits @ np.asarray(head.kernel).T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_head.bias, of_logits.sum((0, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_is_the_sum_of_terms_with_their_coefficients():
+    objective = config.Objective(z_loss=0.5)
+    plain = {"loss": 3.0, "accuracy": 0.1}
+    assert objectives.total(plain, objective) == plain
+    found = objectives.total(plain | {"z_loss": 4.0}, objective)
+    assert found == {"loss": 5.0, "token_loss": 3.0, "z_loss": 4.0, "accuracy": 0.1}
 
 
 def test_of_equal_logits_the_first_is_the_argmax():

@@ -99,12 +99,12 @@ def test_compute_in_bfloat16_keeps_parameters_and_gradients_in_float32():
 # ---- whole steps
 
 
-def take_steps(batches, compute=None, watch=None, **changes):
+def take_steps(batches, compute=None, watch=None, objective=None, **changes):
     """-> (the state, [metrics]) after a step for each batch."""
     model = tiny.make_config(depth=1)
     run = config.Config(
         batch=8, steps=len(batches), model=model, compute=config.Compute(**compute or {}),
-        guard=config.Guard(**watch or {}),
+        guard=config.Guard(**watch or {}), objective=config.Objective(**objective or {}),
         optim=config.Optim(**{"lr": 3e-3, "warmup": 3, "final": 0.0} | changes),
     )  # fmt: skip
     module = GPT4V(model, tiny.make_module(model).layout, run.compute)
@@ -122,6 +122,18 @@ def take_steps(batches, compute=None, watch=None, **changes):
 
 def losses(history):
     return np.array([values["loss"] for values in history])
+
+
+def test_z_loss_draws_the_softmax_s_sum_to_one():
+    """The loss is both terms, also over micro-batches and pieces of the vocabulary; without it the sum stays large."""
+    many = {"accumulate": 2, "vocab_chunks": 3}
+    (_, with_it), (_, parts), (_, without) = (
+        take_steps([BATCH] * 20, compute, objective={"z_loss": z}) for z, compute in ((0.1, {}), (0.1, many), (0, {}))
+    )
+    for values in (*with_it, *parts):
+        assert values["loss"] == pytest.approx(values["token_loss"] + 0.1 * values["z_loss"], rel=1e-5)
+    np.testing.assert_allclose(losses(parts), losses(with_it), rtol=1e-5)
+    assert with_it[-1]["z_loss"] < 0.8 * with_it[0]["z_loss"] and "z_loss" not in without[0]
 
 
 @pytest.mark.parametrize("micro", [2, *soak(8)])
@@ -214,8 +226,8 @@ def test_a_loss_spike_of_a_million_is_skipped(monkeypatch, shown):
 
     def spiked(model, params, batch, keys=None):
         factor = 1.0 if batch.token_type is None else 1e6
-        nats, hit = real(model, params, batch, keys)
-        return factor * nats, hit
+        scores = real(model, params, batch, keys)
+        return scores._replace(nats=factor * scores.nats)
 
     monkeypatch.setattr(step_lib, "token_scores", spiked)
     others = [tiny.rows(tiny.make_module(tiny.make_config()).layout, *TEXTS[i:], *TEXTS[:i]) for i in range(4)]
