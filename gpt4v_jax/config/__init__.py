@@ -29,11 +29,11 @@ from gpt4v_jax.config.parse import (
     sections,
     to_json,
 )
-from gpt4v_jax.config.run import Budget, Compute, Config, Data, Eval, Guard, InitFrom, Mesh, Optim
+from gpt4v_jax.config.run import Budget, Compute, Config, Data, Eval, Guard, InitFrom, LoRA, Mesh, Optim
 
 __all__ = [
     "ACTIVATIONS", "Audio", "BIASES", "Backbone", "Budget", "Compute", "Config", "Data", "Eval", "Fusion", "Guard",
-    "Image", "InitFrom", "InputError", "Mesh", "Model", "Optim", "RopeScaling", "Towers", "Video", "arguments",
-    "at_least", "default", "differences", "from_flag", "from_json", "nearest", "one_of", "parse", "section",
-    "sections", "to_json",
+    "Image", "InitFrom", "InputError", "LoRA", "Mesh", "Model", "Optim", "RopeScaling", "Towers", "Video",
+    "arguments", "at_least", "default", "differences", "from_flag", "from_json", "nearest", "one_of", "parse",
+    "section", "sections", "to_json",
 ]  # fmt: skip

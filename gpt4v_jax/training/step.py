@@ -12,7 +12,10 @@ import optax
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training import lora as lora_lib
 from gpt4v_jax.training import objectives, optim
+
+NO_LORA = config.LoRA()
 
 
 @flax.struct.dataclass
@@ -36,21 +39,22 @@ class State:
     ema: Any = None  # a moving average of params, where config.optim.ema keeps one
 
 
-def init_params(model: GPT4V, seed: int):
+def init_params(model: GPT4V, seed: int, lora: config.LoRA = NO_LORA):
     """Parameters from (seed, path of the parameter). The stream's length changes none: a short one traces quickly."""
     short = dataclasses.replace(model.layout, context=2, source=min(model.layout.source, 2))
-    return model.init(jax.random.key(seed), batch_lib.empty(short, 1))["params"]
+    return lora_lib.added(model.init(jax.random.key(seed), batch_lib.empty(short, 1))["params"], lora, seed)
 
 
-def abstract_params(model: GPT4V, seed: int = 0):
-    return jax.eval_shape(lambda: init_params(model, seed))
+def abstract_params(model: GPT4V, seed: int = 0, lora: config.LoRA = NO_LORA):
+    return jax.eval_shape(lambda: init_params(model, seed, lora))
 
 
-def init_state(model: GPT4V, tx, seed: int, mesh: jax.sharding.Mesh, keep_ema: bool = False) -> State:
+def init_state(model: GPT4V, tx, seed: int, mesh: jax.sharding.Mesh, keep_ema: bool = False,
+               lora: config.LoRA = NO_LORA) -> State:  # fmt: skip
     """-> a State that is born sharded: no device ever holds the whole."""
 
     def init():
-        params = init_params(model, seed)
+        params = init_params(model, seed, lora)
         watch = Watch(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
         # A copy in name only would be given to the first step twice.
         ema = jax.tree.map(jnp.copy, params) if keep_ema else None
@@ -105,7 +109,7 @@ def row_keys(seed: int, step, rows: int):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
+def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None, lora: config.LoRA = NO_LORA):
     """-> ({name: sum / weight}, trained tokens, the gradient of "loss"), over compute.accumulate micro-batches.
 
     Each micro-batch's sum is divided by the weight of the whole batch, so that the gradients just add up.
@@ -114,7 +118,7 @@ def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None):
     weight = batch.weight.sum()
 
     def loss_fn(params, batch, keys):
-        sums = objectives.next_token(*token_scores(model, params, batch, keys), batch)
+        sums = objectives.next_token(*token_scores(model, lora_lib.merged(params, lora), batch, keys), batch)
         values = {name: total / weight for name, (total, _) in sums.items()}
         return values["loss"], values
 
@@ -142,9 +146,9 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
 
     def train_step(state: State, batch: batch_lib.Batch):
         keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.backbone.dropout else None
-        values, weight, grads = gradients(model, state.params, batch, keys)
-        if run.optim.frozen:  # they count nowhere, and need not be computed
-            frozen = optim.matching(run.optim.frozen, grads)
+        values, weight, grads = gradients(model, state.params, batch, keys, run.lora)
+        frozen = optim.frozen(run.optim, run.lora, grads)
+        if frozen:  # they count nowhere, and need not be computed
             grads = jax.tree.map(lambda x, left: jnp.zeros_like(x) if left else x, grads, frozen)
         grad_norm = optax.tree.norm(grads)
         lr = schedule(state.watch.seen)  # an optimizer counts the steps that it takes
@@ -155,6 +159,8 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: run.optim.ema * old + (1 - run.optim.ema) * new, ema, params)
+            if frozen:  # to the bit, where a sum of shares would be rounded
+                ema = jax.tree.map(lambda x, p, left: p if left else x, ema, params, frozen)
         after, before = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, before)
         watch = watched(state.watch, values["loss"], accepted)
