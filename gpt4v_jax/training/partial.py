@@ -28,6 +28,7 @@ def check(run: config.Config, tokenizer) -> None:
         raise config.InputError(f"init_from.run={there} has no checkpoint yet; train it a little longer")
     saved = _without_lora(steps.manifest(there / "checkpoints", finished[-1])["items"]["params"])
     taken = {path.split("/")[0] for path in saved if wanted.search(path)}
+    taken -= {name for name in batch_lib.MEDIA if not getattr(run.model, name)}  # there is no place for them here
     for key, (that, this) in _differences(theirs, run, taken).items():
         if not re.fullmatch(_MAY_DIFFER, key):
             raise config.InputError(
