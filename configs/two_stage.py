@@ -13,7 +13,7 @@ values, so it is aligned with its connector. Not measured yet; docs/finetuning.m
 
 from gpt4v_jax import config as config_lib
 
-STEPS = {"text": 150, "align": 600, "instruct": 600, "lora": 600}
+STEPS = {"text": 300, "align": 600, "instruct": 600, "lora": 600}
 BEFORE = {"text": "", "align": "text", "instruct": "align", "lora": "align"}  # each begins with the weights of another
 
 
