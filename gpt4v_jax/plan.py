@@ -7,6 +7,8 @@ Or a published size: python -m gpt4v_jax.plan --preset gpt2. Parameters and FLOP
 import dataclasses
 from typing import Any
 
+import flax
+import jax
 import rich.box
 import rich.console
 import rich.table
@@ -20,6 +22,7 @@ from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.interop import parts as parts_lib
 from gpt4v_jax.model import flops, presets
+from gpt4v_jax.training import lora, optim
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a run's config file, such as configs/digits_world.py", allow_override=True
@@ -29,7 +32,7 @@ _PRESET = flags.DEFINE_string("preset", None, "a published size, such as gpt2: a
 ORDER = (  # of the names in a part's path: as they are met on the way through a model
     "text", "image", "video", "audio", "front", "embed", "position", "time", "source_position", "token_type",
     "class_token", "mask_token", "source", "backbone", "encoder", "relative", "attention", "cross", "mlp", "scales",
-    "norms", "pool", "connector", "head_hidden", "head", "head_bias", "scale", "bias",
+    "norms", "pool", "connector", "head_hidden", "head", "head_bias", "scale", "bias", "lora",
 )  # fmt: skip
 UNITS = ((1e16, "PFLOP", 1e15), (1e13, "TFLOP", 1e12), (1e9, "GFLOP", 1e9), (0, "MFLOP", 1e6))  # from, name, size
 COUNTS = """\
@@ -158,10 +161,16 @@ def plan_run(run: config.Config) -> list[Any]:
     """-> what the command prints of a run's model and work: a table, and lines."""
     run, vocabulary = with_vocabulary(run)
     layout = batch_lib.layout(run.model, run.data)
-    costs_of = costs(run.model, layout)
-    whole = total(costs_of)
+    costs_of, params = costs(run.model, layout), hf.abstract_params(run.model)
+    params = flax.traverse_util.unflatten_dict(params, sep="/")
+    params = jax.eval_shape(lambda params: lora.added(params, run.lora, run.seed), params)
+    if run.lora.rank:
+        costs_of["lora"] = Cost(flops.parameters(params)["lora"])
+    whole, moving = total(costs_of), optim.moving(run.optim, run.lora, params)
+    trained = [f"trained     {moving:,} of {whole.parameters:,} parameters"] if moving < whole.parameters else []
     title = f"{', '.join(run.data.mixture) or run.data.name}: {subject(run.model, layout)}"
-    return [table(title, costs_of), bytes_of(whole.parameters), step_line(run, whole), *vocabulary, COUNTS]
+    lines = [bytes_of(whole.parameters), *trained, step_line(run, whole), *vocabulary, COUNTS]
+    return [table(title, costs_of), *lines]
 
 
 def plan_preset(name: str) -> list[Any]:

@@ -135,7 +135,15 @@ def path_name(path) -> str:
 
 
 def param_dims(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """-> the names of a parameter's dimensions. Raises for a path without a row and for another number of them."""
+    """-> the names of a parameter's dimensions. Raises for a path without a row and for another number of them.
+
+    LoRA's a [inputs..., rank] and b [rank, outputs...] lie as the inputs and the outputs of their matrix do.
+    """
+    if lora := re.search(r"lora/(.*)/([ab])$", path):
+        dims = next((dims for pattern, dims in PARAMS if re.search(pattern, lora[1])), ())
+        count = len(shape) - 1
+        if len(dims) > count:
+            return (*dims[:count], None) if lora[2] == "a" else (None, *dims[-count:])
     for pattern, dims in PARAMS:
         if re.search(pattern, path):
             if len(dims) != len(shape):

@@ -28,7 +28,7 @@ from gpt4v_jax.eval import common
 from gpt4v_jax.interop import parts
 from gpt4v_jax.model import flops
 from gpt4v_jax.model.gpt4v import GPT4V
-from gpt4v_jax.training import checkpoint, goodput, lock, metrics, optim, partial, stop, workdir
+from gpt4v_jax.training import checkpoint, goodput, lock, lora, metrics, optim, partial, stop, workdir
 from gpt4v_jax.training import step as step_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "the run's config file, such as configs/digits_world.py")
@@ -62,7 +62,7 @@ def _train(run: config.Config, folder: Path, mesh, asked: stop.Stop, started: fl
     stream = open_stream(run, folder, mesh, resumes)
     asked.check()
     model = GPT4V(stream.run.model, stream.layout, run.compute)
-    tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed))
+    tx = optim.make(run.optim, run.steps, step_lib.abstract_params(model, run.seed, run.lora), run.lora)
     workdir.create(folder)
     with lock.hold(folder):
         sharding.barrier("what is in --workdir", str(checkpoint.exists(folder)))
@@ -73,7 +73,7 @@ def _train(run: config.Config, folder: Path, mesh, asked: stop.Stop, started: fl
             start = checkpoints.latest() if resumes else 0
             clock = goodput.Clock(folder, start, started)
             with clock.spent("compile"):
-                state = step_lib.init_state(model, tx, run.seed, mesh, keep_ema=run.optim.ema > 0)
+                state = step_lib.init_state(model, tx, run.seed, mesh, run.optim.ema > 0, run.lora)
             if resumes:
                 state = checkpoints.restore(state, start)
                 workdir.check_same(folder, stream.run, r"model\.")
@@ -178,7 +178,7 @@ def make_evaluate(stream: Stream, mesh, model, check: Callable[[], None]) -> Cal
     eval_step, embed_step = jax.jit(step_lib.make_eval_step(model)), jax.jit(step_lib.make_embed_step(model))
 
     def evaluate(state) -> dict[str, float]:
-        params, results = state.params if state.ema is None else state.ema, {}
+        params, results = lora.merged(state.params if state.ema is None else state.ema, run.lora), {}
         for evaluator in run.eval.evaluators:
             data_set = eval_lib.named(evaluator)[1]
             subject = common.Subject(
@@ -300,8 +300,9 @@ def summary(stream: Stream, params, mesh, start: int) -> str:
     lost = {part.name: int((~packing.fits(part.needs(0), layout)).sum()) for part in getattr(source, "parts", [source])}
     dropped = "".join(f"; {n:,} of {name} dropped, which no row can hold" for name, n in lost.items() if n)
     modules = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    total, moving = sum(counts.values()), optim.moving(run.optim, run.lora, params)
     return "\n".join([
-        f"parameters  {sum(counts.values()):,} ({modules})",
+        f"parameters  {total:,} ({modules})" + (f"; {moving:,} of them are trained" if moving < total else ""),
         f"a step      {run.batch} rows x {run.model.context} = {run.batch * run.model.context:,} positions, "
         f"{step_flops / 1e9:,.1f} GFLOP (attention counted whole)",
         f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",

@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import ml_collections
 import pytest
 
+from configs import two_stage
 from gpt4v_jax import config
 
 FILES = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.name != "__init__.py")
@@ -28,6 +30,16 @@ def test_default_is_the_dataclass():
 def test_config_files(path):
     run = load(path)
     assert config.from_json(config.to_json(run)) == run
+
+
+@pytest.mark.parametrize("stage", ["text", "align", "instruct", "lora"])
+def test_stages(stage):
+    run = config.from_flag(two_stage.get_config(f"stage={stage},from=runs/before"))
+    trained = {"text": "text/ image/", "align": "image/", "instruct": "text/ image/", "lora": "image/"}[stage]
+    assert bool(run.model.image) == (stage != "text") and (run.init_from.run == "runs/before") == (stage != "text")
+    assert bool(run.lora.rank) == (stage == "lora") and bool(run.optim.frozen) == (stage == "align")
+    still = run.optim.frozen or (f"^(?!lora/|{run.lora.also[1:]})" if run.lora.rank else "$^")
+    assert [path for path in ("text/", "image/") if not re.search(still, path)] == trained.split()
 
 
 def test_json_round_trip():

@@ -127,6 +127,20 @@ def test_an_override(ran, tmp_path):
     assert large == 2 * small == 4 * 8 * 64**2
 
 
+@pytest.mark.parametrize("more, lora, moving", [
+    (["--config.lora.rank=4"], 2 * 4 * (4 * (64 + 64) + 2 * (64 + 256)), 2 * 4 * (4 * (64 + 64) + 2 * (64 + 256))),
+    (["--config.lora.rank=4", "--config.lora.also=^text/", r"--config.lora.pattern=query/kernel$"],
+     2 * 4 * (64 + 64), 2 * 4 * (64 + 64) + 300 * 64),
+    (["--config.optim.frozen=^(?!text/)"], 0, 300 * 64),
+], ids=str)  # fmt: skip
+def test_what_is_trained(more, lora, moving, ran, tmp_path):
+    _, plain, _ = ran(f"--config={written(tmp_path)}")
+    _, out, _ = ran(f"--config={written(tmp_path)}", *more)
+    total = int(rows(plain)["all"][0].replace(",", "")) + lora
+    assert rows(out)["all"][0] == f"{total:,}" and rows(out).get("lora", ["0"]) == [f"{lora:,}"]
+    assert f"trained     {moving:,} of {total:,} parameters" in out and "trained  " not in plain
+
+
 @pytest.mark.parametrize("tokenizer, said", [("bpe", "an upper bound"), ("char", "a stand-in")])
 def test_vocabulary_of_a_tokenizer_to_come(tokenizer, said, ran, tmp_path):
     status, out, _ = ran(f"--config={written(tmp_path, 0, tokenizer)}", "--config.data.vocab=500")
@@ -163,6 +177,8 @@ def test_vocabulary_of_a_tokenizer_without_a_corpus(tokenizer, vocab, ran, tmp_p
     (["--config={run}", "--config.model.backbone.widht=8"], "widht"),
     (["--config={run}", "--config.model.backbone.heads=0"], "heads=0 must be 1 or more"),
     (["--config={run}", "--config.model.fusion.kind=concta"], "did you mean 'concat'?"),
+    (["--config={run}", "--config.lora.rank=65"], "lora.rank=65 is larger than the smaller side of backbone/block_0"),
+    (["--config={run}", "--config.lora.rank=4", "--config.lora.pattern=mpl/"], "lora.pattern='mpl/' matches no matrix"),
     (["--preset=gpt2", "gpt2"], "unexpected argument 'gpt2'"),
 ])  # fmt: skip
 def test_bad_input(args, message, ran, tmp_path):

@@ -42,6 +42,7 @@ from gpt4v_jax.config.run import (
     Eval,
     Guard,
     InitFrom,
+    LoRA,
     Mesh,
     Objective,
     Optim,
@@ -49,7 +50,8 @@ from gpt4v_jax.config.run import (
 
 __all__ = [
     "ACTIVATIONS", "Audio", "BIASES", "Backbone", "Budget", "CONNECTORS", "Compute", "Config", "Data", "Eval",
-    "FUSIONS", "Fusion", "Guard", "Image", "InitFrom", "InputError", "Mesh", "Model", "OBJECTIVES", "Objective",
-    "Optim", "READS", "RESAMPLED", "RopeScaling", "Towers", "Video", "arguments", "at_least", "default",
-    "differences", "from_flag", "from_json", "nearest", "one_of", "parse", "section", "sections", "to_json",
+    "FUSIONS", "Fusion", "Guard", "Image", "InitFrom", "InputError", "LoRA", "Mesh", "Model", "OBJECTIVES",
+    "Objective", "Optim", "READS", "RESAMPLED", "RopeScaling", "Towers", "Video", "arguments", "at_least",
+    "default", "differences", "from_flag", "from_json", "nearest", "one_of", "parse", "section", "sections",
+    "to_json",
 ]  # fmt: skip

@@ -119,6 +119,23 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Matrices stand still, and beside each a product of a low rank is trained (Hu et al. 2021); docs/finetuning.md."""
+
+    rank: int = 0  # of the products; 0: there are none
+    alpha: float = 16.0  # a product counts alpha / rank times
+    pattern: str = r"(attention|mlp)/.*kernel$"  # beside which matrices, by their parameter paths
+    also: str = ""  # which other parameter paths move, such as "connector|embed_norm"; "": none
+
+    def __post_init__(self):
+        at_least(0, rank=self.rank, alpha=self.alpha)
+        if self.rank and not self.alpha:
+            raise InputError(f"alpha={self.alpha} with rank={self.rank}: nothing would be trained; set it above 0")
+        if self.also and not self.rank:
+            raise InputError(f"also={self.also!r} needs rank: with rank=0 all parameters move but optim.frozen's")
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     every: int = 0  # steps; 0: at the end of every epoch. And at the end of the run
     batch: int = 64  # rows
@@ -212,6 +229,7 @@ class Config:
     data: Data = Data()
     objective: Objective = Objective()
     optim: Optim = Optim()
+    lora: LoRA = LoRA()
     guard: Guard = Guard()
     eval: Eval = Eval()
 

@@ -140,7 +140,8 @@ def _trained(kind: str, texts: Iterable[str], vocab: int, end: tuple[str, ...], 
         inner = load(Path(kind)).inner
         inner.add_special_tokens(list(SPECIALS))
         # Nothing around a text: documents and windows are laid without it, so prompts are, too.
-        inner.post_processor = processors.TemplateProcessing("$0")
+        if inner.post_processor is not None:  # a run's own file stays what it is, by which init_from.run knows it
+            inner.post_processor = processors.TemplateProcessing("$0")
         return _with_end(inner, end)
     config.one_of("data.tokenizer", kind, (*KINDS, "*.json", "a folder with vocab.json and merges.txt", "*.txt"))
     if kind == "byte":

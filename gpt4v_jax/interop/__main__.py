@@ -5,6 +5,7 @@
     python -m gpt4v_jax.interop import FILE.bin --tokenizer TOK.bin --workdir W       the same from a llama2.c file
     python -m gpt4v_jax.interop export W --out DIR --family llama                     a workdir -> such a folder
     python -m gpt4v_jax.interop export W --part image --out DIR --family siglip_vision_model    its image encoder
+    python -m gpt4v_jax.interop merge W --out W2                 a run with LoRA -> a workdir without it
 
 An encoder alone, or a language model in a larger one, is named in a config: init_from (docs/interop.md).
 """
@@ -25,7 +26,7 @@ from gpt4v_jax.training import checkpoint, lock, workdir
 from gpt4v_jax.training.step import State
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "import: the folder that the model goes to", allow_override=True)
-_OUT = flags.DEFINE_string("out", None, "export: the folder to write; it must not be there yet", allow_override=True)
+_OUT = flags.DEFINE_string("out", None, "export, merge: the folder to write; it must not be there", allow_override=True)
 _FAMILY = flags.DEFINE_string("family", None, "export: the model_type to write, where it was not imported as one")
 _PART = flags.DEFINE_enum("part", "model", ["model", "image"], "export: the whole model, or its image encoder alone")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "import: a tokenizer.json, or a llama2.c tokenizer, from elsewhere")
@@ -80,16 +81,43 @@ def import_(name: str) -> None:
     start = _tokens(tokenizer, imported.theirs, "decoder_start_token_id", "forced_bos_token_id")
     end = _tokens(tokenizer, imported.theirs, "eos_token_id")
     data = config.Data(name="", start=start, end=end or config.Data().end)
-    workdir.create(folder)
-    with lock.hold(folder):
-        workdir.write(folder / "hf_config.json", json.dumps(imported.theirs, indent=2))
-        workdir.describe(folder, config.Config(model=imported.config, data=data), tokenizer)
-        with checkpoint.Checkpoints(folder) as checkpoints:
-            state = State(0, imported.params, {})
-            checkpoints.check_room(state)
-            checkpoints.save(state)
+    run = config.Config(model=imported.config, data=data)
+    _write(folder, run, tokenizer, State(0, imported.params, {}), imported.theirs)
     counts = flops.parameters(imported.params)
     print(f"{name}: {imported.family.model_type}, {sum(counts.values()):,} parameters -> {folder}")
+
+
+def _write(folder: Path, run: config.Config, tokenizer, state: State, theirs: dict, data: dict | None = None) -> None:
+    """A workdir with one checkpoint, which holds no optimizer's state."""
+    workdir.create(folder)
+    with lock.hold(folder):
+        if theirs:
+            workdir.write(folder / "hf_config.json", json.dumps(theirs, indent=2))
+        workdir.describe(folder, run, tokenizer, data)
+        with checkpoint.Checkpoints(folder) as checkpoints:
+            checkpoints.check_room(state)
+            checkpoints.save(state)
+
+
+def _theirs(folder: Path) -> dict:
+    """-> config.json of the folder that a workdir was imported from; {} where it was not."""
+    path = folder / "hf_config.json"
+    return folder_lib.read_json(path) if path.is_file() else {}
+
+
+def merge(name: str) -> None:
+    """A run with LoRA -> a workdir without, whose matrices hold what was learnt. The best checkpoint, and no other."""
+    folder, out = Path(name), Path(needed("out", _OUT.value))
+    rank = workdir.load_config(folder).lora.rank
+    if not rank:
+        raise config.InputError(f"{folder} was trained without LoRA (lora.rank=0): there is nothing to merge")
+    if out.exists():
+        raise config.InputError(f"--out={out} is there already: name another folder")
+    trained = workdir.restore(folder)
+    run = dataclasses.replace(trained.run, lora=config.LoRA())
+    state = State(trained.step, trained.params, {})
+    _write(out, run, trained.tokenizer, state, _theirs(folder), workdir.data_of(folder))
+    print(f"{folder} at step {trained.step} -> {out}: LoRA of rank {rank} is in its matrices")
 
 
 def _tokens(tokenizer: tokenizer_lib.Tokenizer, theirs: dict, *keys: str) -> tuple[str, ...]:
@@ -102,7 +130,7 @@ def _tokens(tokenizer: tokenizer_lib.Tokenizer, theirs: dict, *keys: str) -> tup
 def export(name: str) -> None:
     out, folder = Path(needed("out", _OUT.value)), Path(name)
     run = workdir.load_config(folder)
-    theirs = folder_lib.read_json(folder / "hf_config.json") if (folder / "hf_config.json").is_file() else {}
+    theirs = _theirs(folder)
     family = families.family_of({"model_type": _FAMILY.value or needed("family", theirs.get("model_type"))}, "--family")
     image = _PART.value == "image"
     table.write_config(family, run.model.image if image else run.model)  # what it cannot say, before anything is read
@@ -125,7 +153,7 @@ def needed(flag: str, value: str | None) -> str:
     return value
 
 
-ACTIONS = {"import": import_, "export": export, "inspect": inspect}
+ACTIONS = {"import": import_, "export": export, "inspect": inspect, "merge": merge}
 
 
 def main(action: str, name: str) -> None:
@@ -137,4 +165,4 @@ def main(action: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, arguments=("the action (import, export or inspect)", "the folder or file after it"))
+    command.run(main, arguments=("the action (import, export, inspect or merge)", "the folder or file after it"))

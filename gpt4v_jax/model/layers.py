@@ -6,6 +6,7 @@ p values a patch.
 """
 
 import math
+import re
 import zlib
 
 import flax.linen as nn
@@ -49,6 +50,11 @@ class Linear(nn.Module):
         y = x.reshape(-1, fan_in).astype(kernel.dtype) @ kernel.reshape(fan_in, fan_out)
         y = y.reshape(*rows, *self.outputs)
         return y + self.param("bias", nn.initializers.zeros, self.outputs).astype(y.dtype) if self.bias else y
+
+
+def inputs(path: str, ndim: int) -> int:
+    """How many of a kernel's dimensions are its inputs, the first ones; what joins heads has all but the last."""
+    return ndim - 1 if re.search(r"(attention|cross)/(\w+_)?out/kernel$", path) else 1
 
 
 class Kernel(nn.Module):

@@ -13,6 +13,7 @@ import optax
 from optax import contrib
 
 from gpt4v_jax import config
+from gpt4v_jax.model.layers import inputs
 from gpt4v_jax.sharding import path_name
 
 
@@ -59,18 +60,41 @@ def matching(pattern: str, params):
     return tree
 
 
-def make(c: config.Optim, steps: int, params) -> optax.GradientTransformation:
+def frozen(c: config.Optim, lora: config.LoRA, params):
+    """-> a tree of bool: which parameters do not move; None where all do. `c.frozen` does not, and with LoRA nothing
+    does but its own leaves and `lora.also`."""
+    if not c.frozen and not lora.rank:
+        return None
+    still = matching(c.frozen, params)
+    if lora.rank:
+
+        def one(path, named, also):
+            return named or not (also or path_name(path).startswith("lora/"))
+
+        still = jax.tree_util.tree_map_with_path(one, still, matching(lora.also, params))
+    if all(jax.tree.leaves(still)):
+        raise config.InputError(f"frozen={c.frozen!r} matches every parameter that moves: nothing would be trained")
+    return still
+
+
+def moving(c: config.Optim, lora: config.LoRA, params) -> int:
+    """-> how many values are trained."""
+    still = frozen(c, lora, params) or jax.tree.map(lambda x: False, params)
+    sizes = jax.tree.map(lambda x, left: 0 if left else math.prod(x.shape), params, still)
+    return sum(jax.tree.leaves(sizes))
+
+
+def make(c: config.Optim, steps: int, params, lora: config.LoRA = config.LoRA()):  # noqa: B008, frozen
     """clip -> the optimizer `c.name`, with decoupled decay on `c.decay` -> learning rates times `c.lr_factors`.
 
-    Parameters of `c.frozen` pass all of it by: they have no state, and the clip does not count their gradients.
+    -> optax.GradientTransformation. Frozen parameters pass all of it by: they have no state, and the clip does not
+    count their gradients.
     """
     tx = _named(c, schedule(c, steps), matching(c.decay, params))
     tx = optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else optax.chain(tx)
-    if c.frozen:
-        frozen = matching(c.frozen, params)
-        if all(jax.tree.leaves(frozen)):
-            raise config.InputError(f"frozen={c.frozen!r} matches every parameter: nothing would be trained")
-        labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "moving", frozen)
+    still = frozen(c, lora, params)
+    if still:
+        labels = jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "moving", still)
         tx = optax.partition({"moving": tx, "frozen": optax.set_to_zero()}, labels)
     if c.lr_factors:  # an update is the learning rate times something, decay included: it may as well be scaled last
         factors = _factors(c.lr_factors, params)
@@ -107,8 +131,8 @@ def _matrices(params):
         name = path_name(path)
         if not re.search(r"(block_\d+/.*|image/embed)/kernel$", name):
             return None
-        inputs = x.ndim - 1 if re.search(r"(attention|cross)/(\w+_)?out/kernel$", name) else 1
-        return contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
+        n = inputs(name, x.ndim)
+        return contrib.MuonDimensionNumbers(tuple(range(n)), tuple(range(n, x.ndim)))
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import flax
+import jax
+import jax.numpy as jnp
 
-from gpt4v_jax import config
-from gpt4v_jax.training import checkpoint, leaves, steps, workdir
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config, sharding
+from gpt4v_jax.training import checkpoint, leaves, lora, steps, workdir
 
 # Keys of config.Model that may differ: they change no meaning of a weight, or only how many there are.
-_MAY_DIFFER = r"model\.(vocab|context|init_std|embed|fusion\..*|((backbone|source|image\.encoder)\.)(dropout|depth))"
+_STACKS = r"(backbone|source|(image|video|audio)\.encoder)"
+_MAY_DIFFER = rf"model\.(vocab|context|source_context|init_std|embed|fusion\..*|{_STACKS}\.(dropout|depth))"
+_OWN = ("image", "video", "audio", "source")  # sections of config.Model that only their own parameters depend on
 
 
 def check(run: config.Config, tokenizer) -> None:
@@ -21,12 +26,11 @@ def check(run: config.Config, tokenizer) -> None:
     finished = steps.finished(there / "checkpoints")
     if not finished:
         raise config.InputError(f"init_from.run={there} has no checkpoint yet; train it a little longer")
-    saved = steps.manifest(there / "checkpoints", finished[-1])["items"]["params"]
+    saved = _without_lora(steps.manifest(there / "checkpoints", finished[-1])["items"]["params"])
     taken = {path.split("/")[0] for path in saved if wanted.search(path)}
-    for key, (that, this) in config.differences(theirs, run).items():
-        part = key.split(".")[1]
-        concerned = {part} & taken if part in ("image", "source") else taken - {"image"}
-        if key.startswith("model.") and concerned and not re.fullmatch(_MAY_DIFFER, key):
+    taken -= {name for name in batch_lib.MEDIA if not getattr(run.model, name)}  # there is no place for them here
+    for key, (that, this) in _differences(theirs, run, taken).items():
+        if not re.fullmatch(_MAY_DIFFER, key):
             raise config.InputError(
                 f"init_from.run={there} has {key}={that!r}, this config {this!r}: its weights would mean something "
                 "else. Use its value, or leave these parameters out with init_from.run_parameters"
@@ -39,12 +43,29 @@ def check(run: config.Config, tokenizer) -> None:
         )
 
 
+def _differences(theirs: config.Config, run: config.Config, taken: set[str]) -> dict[str, tuple[Any, Any]]:
+    """-> {key of the model: its values there and here}, of keys that parameters below the names `taken` depend on."""
+
+    def concerned(part: str) -> set[str]:
+        if part in _OWN:
+            return taken & {part}
+        if part == "axes":  # of text all three are the same, and turn it as one does
+            return taken & {*batch_lib.MEDIA}
+        return taken - {*batch_lib.MEDIA}
+
+    return {
+        key: both for key, both in config.differences(theirs, run).items()
+        if key.startswith("model.") and concerned(key.split(".")[1])
+    }  # fmt: skip
+
+
 def load(params: Any, run: config.Config) -> tuple[Any, list[str]]:
     """Initial parameters -> (the same with those of another run's best checkpoint, lines: what came from where).
 
     Taken is what both have and what re.search finds init_from.run_parameters in ("": all of it): the moving average
-    where that run keeps one, into the dtype and sharding that are here. That run's folder is not changed. Raises
-    InputError for a folder without a whole checkpoint, a pattern that takes nothing, a parameter of another shape.
+    where that run keeps one, into the dtype and sharding that are here; of a run with LoRA what its matrices have
+    become. That run's folder is not changed. Raises InputError for a folder without a whole checkpoint, a pattern that
+    takes nothing, a parameter of another shape.
     """
     init, what = run.init_from, f"init_from.run={run.init_from.run}"
     wanted = _pattern(init.run_parameters)
@@ -54,7 +75,8 @@ def load(params: Any, run: config.Config) -> tuple[Any, list[str]]:
     step = checkpoints.best()
     if step is None:
         raise config.InputError(f"{what} has no checkpoint yet; train it a little longer")
-    item, saved = checkpoints.parameters(step)
+    item, there_are = checkpoints.parameters(step)
+    saved = _without_lora(there_are)
     here = flax.traverse_util.flatten_dict(params, sep="/")
     paths = [path for path in here if path in saved and wanted.search(path)]
     if not paths:
@@ -71,18 +93,36 @@ def load(params: Any, run: config.Config) -> tuple[Any, list[str]]:
         if dtype != str(x.dtype):
             changed.setdefault((dtype, str(x.dtype)), []).append(path)
     target = leaves.abstract({path: here[path] for path in paths})
+    for path in paths:
+        beside = {leaf: there_are[leaf] for leaf in lora.leaves_of(path) if leaf in there_are}
+        target |= {leaf: _placed(leaf, *what, here[path].sharding) for leaf, what in beside.items()}
     nested = flax.traverse_util.unflatten_dict(target, sep="/")
-    taken = flax.traverse_util.flatten_dict(checkpoints.read(step, item, nested, partial=True), sep="/")
+    read = lora.merged(checkpoints.read(step, item, nested, partial=True), theirs.lora)
+    taken = flax.traverse_util.flatten_dict(read, sep="/")
     values = sum(x.size for x in taken.values())
     kind = "moving average of the weights" if item == "ema" else "weights"
+    kind += f" with its LoRA of rank {theirs.lora.rank}" if len(target) > len(paths) else ""
+    others = _differences(theirs, run, {path.split("/")[0] for path in paths})
     lines = [
         f"init_from.run  {there} (step {step}, {kind}): {len(taken)} parameters, {values:,} values",
         f"  loaded: {grouped(taken)}",
         *(f"  {leaves.converted(*change, names)}" for change, names in changed.items()),
+        *(f"  another {key}: {that!r} there, {this!r} here" for key, (that, this) in others.items()),
         f"  skipped, in the folder and not taken: {grouped(path for path in saved if path not in taken) or 'nothing'}",
         f"  newly initialised: {grouped(path for path in here if path not in taken) or 'nothing'}",
     ]
     return flax.traverse_util.unflatten_dict(here | taken, sep="/"), lines
+
+
+def _without_lora(saved: dict) -> dict:
+    return {path: what for path, what in saved.items() if not path.startswith("lora/")}
+
+
+def _placed(path: str, shape: tuple[int, ...], dtype: str, beside: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Where a leaf of LoRA is read to, on the devices of its matrix."""
+    on_mesh = isinstance(beside, jax.sharding.NamedSharding)
+    place = sharding.param_sharding(path, shape, beside.mesh) if on_mesh else beside
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
 
 def grouped(names) -> str:

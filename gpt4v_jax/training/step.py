@@ -12,8 +12,11 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import contrastive, objectives, optim
+from gpt4v_jax.training import lora as lora_lib
 
 PLAIN = config.Objective()
+
+NO_LORA = config.LoRA()
 
 
 @flax.struct.dataclass
@@ -37,21 +40,22 @@ class State:
     ema: Any = None  # a moving average of params, where config.optim.ema keeps one
 
 
-def init_params(model: GPT4V, seed: int):
+def init_params(model: GPT4V, seed: int, lora: config.LoRA = NO_LORA):
     """Parameters from (seed, path of the parameter). The stream's length changes none: a short one traces quickly."""
     short = dataclasses.replace(model.layout, context=2, source=min(model.layout.source, 2))
-    return model.init(jax.random.key(seed), batch_lib.empty(short, 1))["params"]
+    return lora_lib.added(model.init(jax.random.key(seed), batch_lib.empty(short, 1))["params"], lora, seed)
 
 
-def abstract_params(model: GPT4V, seed: int = 0):
-    return jax.eval_shape(lambda: init_params(model, seed))
+def abstract_params(model: GPT4V, seed: int = 0, lora: config.LoRA = NO_LORA):
+    return jax.eval_shape(lambda: init_params(model, seed, lora))
 
 
-def init_state(model: GPT4V, tx, seed: int, mesh: jax.sharding.Mesh, keep_ema: bool = False) -> State:
+def init_state(model: GPT4V, tx, seed: int, mesh: jax.sharding.Mesh, keep_ema: bool = False,
+               lora: config.LoRA = NO_LORA) -> State:  # fmt: skip
     """-> a State that is born sharded: no device ever holds the whole."""
 
     def init():
-        params = init_params(model, seed)
+        params = init_params(model, seed, lora)
         watch = Watch(jnp.float32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0))
         # A copy in name only would be given to the first step twice.
         ema = jax.tree.map(jnp.copy, params) if keep_ema else None
@@ -109,7 +113,8 @@ def row_keys(seed: int, step, rows: int):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None, objective: config.Objective = PLAIN):
+def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None, objective: config.Objective = PLAIN,
+              lora: config.LoRA = NO_LORA):  # fmt: skip
     """-> ({name: sum / weight}, trained tokens, the gradient of "loss"), over compute.accumulate micro-batches.
 
     Each micro-batch's sum is divided by the weight of the whole batch, so that the gradients just add up. Pairs see the
@@ -121,6 +126,7 @@ def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None, objective
 
     def loss_fn(params, batch, keys, pull=None):
         """pull: the gradient of the loss by this micro-batch's embeddings, where they are not the whole batch's."""
+        params = lora_lib.merged(params, lora)
         scores = token_scores(model, params, batch, keys)
         sums = objectives.tokens(scores, batch, objective.z_loss > 0)
         values = {name: total / jnp.where(weight > 0, weight, 1) for name, (total, _) in sums.items()}
@@ -145,7 +151,7 @@ def gradients(model: GPT4V, params, batch: batch_lib.Batch, keys=None, objective
 
     parts = jax.tree.map(split, (batch, keys))
     if pairs:
-        (of_batch, of_whole), pull = of_pairs(model, params, parts, objective)
+        (of_batch, of_whole), pull = of_pairs(model, params, parts, objective, lora)
         parts = (*parts, pull)
     shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], parts))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -159,17 +165,18 @@ def pair_loss(model: GPT4V, params, embedded, id, objective: config.Objective):
     return contrastive.loss(embedded, id, model.apply({"params": params}, method="learned"), objective.contrastive_loss)
 
 
-def of_pairs(model: GPT4V, params, parts, objective: config.Objective):
+def of_pairs(model: GPT4V, params, parts, objective: config.Objective, lora: config.LoRA):
     """The first of two passes (GradCache, Gao et al. 2021): all micro-batches' embeddings, and what the loss is to
     change in them -> ((the loss on pairs, coefficient x its gradient by what only it reads of the parameters),
     coefficient x its gradient by the embeddings, micro-batch by micro-batch).
 
     parts: (batch, keys), whose leaves have the micro-batches in front.
     """
-    _, embedded = jax.lax.scan(lambda _, part: (None, token_scores(model, params, *part).embedded), None, parts)
+    whole = lora_lib.merged(params, lora)
+    _, embedded = jax.lax.scan(lambda _, part: (None, token_scores(model, whole, *part).embedded), None, parts)
 
     def loss_fn(params, embedded):
-        value = pair_loss(model, params, embedded, parts[0].pair.id, objective)
+        value = pair_loss(model, lora_lib.merged(params, lora), embedded, parts[0].pair.id, objective)
         return objective.contrastive * value, value
 
     (of_params, of_embedded), value = jax.grad(loss_fn, (0, 1), has_aux=True)(params, embedded)
@@ -182,9 +189,9 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
 
     def train_step(state: State, batch: batch_lib.Batch):
         keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.backbone.dropout else None
-        values, weight, grads = gradients(model, state.params, batch, keys, run.objective)
-        if run.optim.frozen:  # they count nowhere, and need not be computed
-            frozen = optim.matching(run.optim.frozen, grads)
+        values, weight, grads = gradients(model, state.params, batch, keys, run.objective, run.lora)
+        frozen = optim.frozen(run.optim, run.lora, grads)
+        if frozen:  # they count nowhere, and need not be computed
             grads = jax.tree.map(lambda x, left: jnp.zeros_like(x) if left else x, grads, frozen)
         grad_norm = optax.tree.norm(grads)
         lr = schedule(state.watch.seen)  # an optimizer counts the steps that it takes
@@ -195,6 +202,8 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: run.optim.ema * old + (1 - run.optim.ema) * new, ema, params)
+            if frozen:  # to the bit, where a sum of shares would be rounded
+                ema = jax.tree.map(lambda x, p, left: p if left else x, ema, params, frozen)
         after, before = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, before)
         watch = watched(state.watch, values["loss"], accepted)

@@ -22,6 +22,7 @@ from gpt4v_jax.data import datasets, mixture
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import checkpoint
+from gpt4v_jax.training import lora as lora_lib
 from gpt4v_jax.training import step as step_lib
 
 # What may differ when a run goes on. Not what is best: checkpoints that are there were kept by it.
@@ -33,7 +34,7 @@ MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A restored model with everything that it takes to use it."""
+    """A restored model with everything that it takes to use it; what LoRA has learnt is in its matrices."""
 
     run: config.Config
     layout: batch_lib.Layout
@@ -161,7 +162,8 @@ def restore(workdir: Path, step: int | None = None) -> Trained:
     step = checkpoints.best() if step is None else step
     if step is None:
         raise config.InputError(f"--workdir={workdir} has no checkpoint yet; train a little longer")
-    params = checkpoints.restore_params(step_lib.abstract_params(model), mesh, step)
+    params = checkpoints.restore_params(step_lib.abstract_params(model, lora=run.lora), mesh, step)
+    params = lora_lib.merged(params, run.lora)
     checkpoints.close()
     texts = data_of(workdir).get("texts")
     return Trained(run, layout, tokenizer, mesh, model, params, step, None if texts is None else tuple(texts))

@@ -191,7 +191,7 @@ def test_inspect_tells_what_is_not_read(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     ([], "the action is missing"),
     (["import"], "the folder is missing"),
-    (["imprt", "{dir}/llama"], "the action='imprt' is none of import, export, inspect (did you mean 'import'?)"),
+    (["imprt", "{dir}/llama"], "the action='imprt' is none of import, export, inspect, merge (did you mean 'import'?)"),
     (["import", "{dir}/llama", "{dir}/t5"], "unexpected argument"),
     (["import", "{dir}/llama"], "--workdir is missing"),
     (["import", "{dir}/llama", "--workdir={dir}/run"], "holds a run already"),

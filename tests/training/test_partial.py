@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import config, sharding
-from gpt4v_jax.training import checkpoint, partial, step, workdir
+from gpt4v_jax.training import checkpoint, lora, partial, step, workdir
 from tests import tiny
 from tests.training.test_checkpoint import contents, noisy
 
@@ -19,9 +19,9 @@ METRIC = "questions/accuracy"
 BASE = config.Config(model=tiny.make_config(depth=1))
 
 
-def saved(folder: Path, *states, metrics=(), evaluated=False) -> Path:
-    """A run's folder: its config and its checkpoints."""
-    run = BASE
+def saved(folder: Path, *states, metrics=(), evaluated=False, **changes) -> Path:
+    """A run's folder: its config and its checkpoints. changes: of its config."""
+    run = dataclasses.replace(BASE, **changes)
     if evaluated:
         run = dataclasses.replace(run, eval=config.Eval(evaluators=("questions",), best=METRIC))
     workdir.write(folder / "config.json", config.to_json(run))
@@ -110,6 +110,60 @@ def test_dtype_and_place_are_ours(tmp_path):
     assert lines[2] == "  text/embed/table: float32 there, converted to bfloat16"
 
 
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_of_a_run_with_lora_the_merged_matrices(tmp_path, on_mesh):
+    """And LoRA's leaves of this run are new, whatever that run has under their names."""
+    c = config.LoRA(rank=2, alpha=6.0, pattern="attention/out/kernel$|mlp/up")
+    rng = np.random.default_rng(3)
+    theirs = lora.added(params_of(), c, 0)
+    theirs |= {"lora": jax.tree.map(lambda x: jnp.array(rng.normal(size=x.shape), x.dtype), theirs["lora"])}
+    folder = saved(tmp_path / "run", step.State(7, theirs, {}), lora=c)
+    here = lora.added(params_of(), config.LoRA(rank=2, pattern="out/kernel$"), 1)
+    if on_mesh:
+        here = jax.device_put(here, sharding.params_sharding(here, sharding.make_mesh(config.Mesh())))
+    loaded, lines = load(folder, params=here)
+    wanted = flat(lora.merged(theirs, c))
+    for path, x in loaded.items():
+        if path.startswith("lora/"):
+            np.testing.assert_array_equal(x, flat(here)[path], err_msg=path)
+        else:
+            np.testing.assert_array_equal(x, wanted[path], err_msg=path)
+    out = "backbone/block_0/attention/out/kernel"
+    a, b = (flat(theirs)[f"lora/{out}/{name}"] for name in "ab")
+    np.testing.assert_allclose(loaded[out], flat(theirs)[out] + 3 * np.einsum("nhr,rd->nhd", a, b), atol=1e-5)
+    assert "(step 7, weights with its LoRA of rank 2): 13 parameters" in lines[0] and "lora" not in lines[1]
+    assert lines[2].endswith("not taken: nothing") and "newly initialised: lora/backbone/block_{i}" in lines[3]
+    loaded, lines = load(folder, "^text/")
+    assert "LoRA" not in lines[0] and "lora/" not in "".join(lines[1:])
+
+
+def test_parts_that_the_run_had_not(tmp_path):
+    """A text model, here with pictures and another fusion; and a model with pictures, here without."""
+    text, both = tiny.make_config(depth=1, size=0), tiny.make_config("prefix_lm", depth=1, media=True, axes=3)
+    state = step.State(7, tiny.make_model(text, seed=2)[1], {})
+    folder = saved(tmp_path / "text", state, model=text)
+    workdir.write(folder / "tokenizer.json", "mine")
+    run = dataclasses.replace(BASE, model=both, init_from=config.InitFrom(run=str(folder)))
+    partial.check(run, Words("mine"))
+    loaded, lines = partial.load(tiny.make_model(both, seed=1)[1], run)
+    first = flat(tiny.make_model(both, seed=1)[1])
+    for path, x in flat(loaded).items():
+        media = path.startswith(("image/", "video/", "audio/"))
+        np.testing.assert_array_equal(x, first[path] if media else flat(state.params)[path], err_msg=path)
+    assert lines[2] == "  another model.fusion.kind: 'concat' there, 'prefix_lm' here"
+    assert lines[3].endswith("not taken: nothing") and len(lines) == 5
+    new = lines[4].removeprefix("  newly initialised: ").split(", ")
+    assert {name.split("/")[0] for name in new} == {"image", "video", "audio"} and "image/image/embed/kernel" in new
+
+    folder = saved(tmp_path / "both", step.State(7, tiny.make_model(both, seed=2)[1], {}), model=both)
+    workdir.write(folder / "tokenizer.json", "mine")
+    run = dataclasses.replace(BASE, model=text, init_from=config.InitFrom(run=str(folder)))
+    partial.check(run, Words("mine"))
+    _, lines = partial.load(tiny.make_model(text, seed=1)[1], run)
+    skipped = lines[3].removeprefix("  skipped, in the folder and not taken: ").split(", ")
+    assert {name.split("/")[0] for name in skipped} == {"image", "video", "audio"} and lines[4].endswith(": nothing")
+
+
 @pytest.mark.parametrize("pattern, changes, message", [
     ("", {"hidden": 48}, r"backbone/block_0/mlp/down/kernel is \(32, 16\) float32 there and \(48, 16\) float32 in this "
                          "config.*run_parameters"),
@@ -178,6 +232,9 @@ def test_weights_that_would_mean_something_else_are_refused(tmp_path):
     with pytest.raises(config.InputError, match="has model.image.std="):
         check(folder, image=picture)
     check(folder, "^backbone/", image=picture)  # no patch is taken
+    with pytest.raises(config.InputError, match="has model.axes=1, this config 3"):
+        check(folder, axes=3, backbone=dataclasses.replace(BASE.model.backbone, head_dim=8))
+    check(folder, "^(text|backbone)/", axes=3)
     check(folder, "^image/", backbone=relu)
     with pytest.raises(config.InputError, match="has another tokenizer: set data.tokenizer="):
         check(folder, tokenizer="other")

@@ -357,8 +357,9 @@ def records(split: str, number: int, seed: int = 0) -> Iterator[dict]:
 
 @dataclasses.dataclass
 class DigitsWorldConfig(tfds.core.BuilderConfig):
-    """Scenes in each split."""
+    """Scenes in each split, with their pictures or in words alone."""
 
+    pictures: bool = True
     train: int = 12_000
     validation: int = 400
     test: int = 600
@@ -373,15 +374,16 @@ class DigitsWorld(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         DigitsWorldConfig(name="default", description="12,000 training scenes"),
         DigitsWorldConfig(name="small", description="a few scenes, for tests", train=64, validation=16, test=32,
                           compositional=32),
+        DigitsWorldConfig(name="text", description="the default's scenes in words alone", pictures=False),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
         thing = {"name": text(), "colour": text(), "row": np.int32, "column": np.int32, "scan": np.int32}
+        image = tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png")
         return self.dataset_info_from_configs(
             description="Small scenes of handwritten digits and drawn shapes, with captions and questions.",
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png"),
+            features=tfds.features.FeaturesDict(({"image": image} if self.builder_config.pictures else {}) | {
                 "captions": tfds.features.Sequence(text()),
                 "objects": tfds.features.Sequence(thing),
                 "questions": tfds.features.Sequence({"kind": text(), "question": text(), "answer": text()}),
@@ -393,4 +395,7 @@ class DigitsWorld(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str):
-        yield from enumerate(records(split, getattr(self.builder_config, split)))
+        for number, record in enumerate(records(split, getattr(self.builder_config, split))):
+            if not self.builder_config.pictures:
+                del record["image"]
+            yield number, record

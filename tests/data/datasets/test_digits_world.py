@@ -67,6 +67,16 @@ def test_unknown_names_and_half_a_data_set_are_errors(tmp_path):
         datasets.prepare("digits_world/small", str(tmp_path))
 
 
+def test_scenes_in_words_alone(tmp_path):
+    few = digits_world.DigitsWorldConfig(name="few", pictures=False, train=3, validation=1, test=1, compositional=1)
+    builder = digits_world.DigitsWorld(data_dir=str(tmp_path), config=few, file_format="array_record")
+    builder.download_and_prepare(file_format="array_record")
+    there, made = builder.as_data_source("train"), list(digits_world.records("train", 3))
+    assert [list(map(bytes.decode, x["captions"])) for x in there] == [x["captions"] for x in made]
+    assert all("image" not in x for x in there)
+    assert not next(c for c in digits_world.DigitsWorld.BUILDER_CONFIGS if c.name == "text").pictures
+
+
 # ---- the scenes
 
 
