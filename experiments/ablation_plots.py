@@ -31,13 +31,10 @@ def dots(found: dict) -> str:
     for pair in found["pairs"]:
         if reference not in (pair["one"], pair["other"]):
             continue
-        sign = 1 if pair["other"] == reference else -1
-        name = pair["one"] if sign > 0 else pair["other"]
-        ends = [None, None] if pair["low"] is None else sorted((sign * pair["low"], sign * pair["high"]))
-        each = [sign * (found["variants"][pair["one"]]["seeds"][s][evaluator]
-                        - found["variants"][pair["other"]]["seeds"][s][evaluator])
-                for s in found["variants"][pair["one"]]["seeds"] if s in found["variants"][pair["other"]]["seeds"]]
-        less.append((name, colour(found, name), sign * pair["mean"], *ends, each))
+        pair = pair if pair["other"] == reference else results.turned(pair)
+        own, its = (found["variants"][name]["seeds"] for name in (pair["one"], reference))
+        each = [own[seed][evaluator] - its[seed][evaluator] for seed in own if seed in its]
+        less.append((pair["one"], colour(found, pair["one"]), pair["mean"], pair["low"], pair["high"], each))
     return out + (plots.dots(f"less {reference}", "difference", less, zero=True) if less else "")
 
 

@@ -25,8 +25,8 @@ BASELINES = {"counted": "counted answers", "permuted": "permuted media", "blanke
 HOW = """Differences are of runs with the same seed on the same {items}. The variance is the sum of that between the
 seeds' differences and of that between {clusters} (mean over seeds), so an interval is for training again <i>and</i>
 asking other questions; its degrees of freedom are Satterthwaite's. With few seeds it is wide, and what is called not
-distinguishable may still differ. Better and worse: the interval leaves out 0. Of {pairs} such pairs, {chance:.2f} would
-be called different by chance if all variants were the same; * marks what stands at 5 % for all pairs together (Holm)."""
+distinguishable may still differ. Better and worse: the interval leaves out 0. Were all variants the same, {chance:.2f}
+of {pairs} such pairs would be called different by chance; * marks what stands at 5 % for all of them (Holm)."""
 
 
 def write(folder: Path, found: dict, asked: results.Question, solved: dict[str, Solved], runs: list[Run],
@@ -106,7 +106,7 @@ def verdicts(found: dict) -> list[str]:
     out = []
     for pair in found["pairs"]:
         values = [pair["mean"], pair["low"], pair["high"]]
-        p = "" if pair["p"] is None else f", p = {pair['p']:.2g}"
+        p = "" if pair["p"] is None else ", p < 0.001" if pair["p"] < 0.001 else f", p = {pair['p']:.2g}"
         star = " *" if pair["stands_among_all"] else ""
         middle = "and" if pair["verdict"] in (compare.NEITHER, compare.ALONE) else "against"
         out.append(f"{pair['one']} {middle} {pair['other']}: {pair['verdict']}{star}, {number(values, '+')}{p}")
@@ -122,14 +122,14 @@ def lede(found: dict) -> str:
     pairs = [p for p in found["pairs"] if reference in (p["one"], p["other"])]
     against = []
     for pair in pairs:
-        turned = {compare.BETTER: compare.WORSE, compare.WORSE: compare.BETTER}
-        same = pair["other"] == reference
-        name, verdict = (pair["one"], pair["verdict"]) if same else (
-            pair["other"], turned.get(pair["verdict"], pair["verdict"]))  # fmt: skip
-        against.append(f"{name} is {verdict}{' than' if verdict in turned else ' from'} {reference}"
-                       if verdict != compare.ALONE else f"{name}: one seed, not judged")  # fmt: skip
+        pair = pair if pair["other"] == reference else results.turned(pair)
+        is_ = {compare.ALONE: "was run with one seed and is not judged against"}.get(
+            pair["verdict"], f"is {pair['verdict']} {'from' if pair['verdict'] == compare.NEITHER else 'than'}")
+        by = f": {number([pair['mean'], pair['low'], pair['high']], '+')}" if pair["p"] is not None else ""
+        against.append(f"{pair['one']} {is_} {reference}{by}")
     equal = "no budget was matched" if found["match"] == "none" else f"at equal {found['match'].replace('_', ' ')}"
-    return f"{found['metric']} on {found['split']}, {equal}: {'; '.join(said)}. {'; '.join(against)}".strip() + "."
+    sentences = [f"{found['metric']} on {found['split']}, {equal}: {'; '.join(said)}", "; ".join(against)]
+    return ". ".join(filter(None, sentences)) + "."
 
 
 def ledger(found: dict) -> str:
@@ -138,7 +138,7 @@ def ledger(found: dict) -> str:
     match = "unmatched" if found["match"] == "none" else f"equal {found['match'].replace('_', ' ')}"
     budget = found["variants"][found["reference"]]["budget"]
     what = f"{found['base']}, size {found['size']}: {budget['steps']:,} steps, {match}, {seeds}"
-    return f"| {found['question']} | {what} | {lede(found)} {'; '.join(verdicts(found))} | STATUS |"
+    return f"| {found['question']} | {what} | {lede(found)} | STATUS |"
 
 
 def table(found: dict) -> list[str]:
@@ -243,23 +243,17 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 def matrix(found: dict) -> str:
     """Row less column: the difference, its interval, and what it is called."""
-    turned = {compare.BETTER: compare.WORSE, compare.WORSE: compare.BETTER}
-    cells = {}
-    for pair in found["pairs"]:
-        one, other, mean, low, high = (pair[key] for key in ("one", "other", "mean", "low", "high"))
-        cells[one, other] = pair["verdict"], (mean, low, high), pair["stands_among_all"]
-        less = None if low is None else -high, None if high is None else -low
-        cells[other, one] = turned.get(pair["verdict"], pair["verdict"]), (-mean, *less), pair["stands_among_all"]
-    body = ""
+    cells, body = {(p["one"], p["other"]): p for pair in found["pairs"] for p in (pair, results.turned(pair))}, ""
     for one in found["variants"]:
         body += f"<tr><th>{_(one)}</th>"
         for other in found["variants"]:
             if (one, other) not in cells:
                 body += "<td></td>"
                 continue
-            verdict, (mean, low, high), stands = cells[one, other]
-            between = "" if low is None else f"<small>{low:+.3f} to {high:+.3f}</small>"
-            body += (f'<td class="{CLASS[verdict]}"><b>{SIGNS[verdict]} {mean:+.3f}{"*" * stands}</b>{between}'
+            pair = cells[one, other]
+            verdict, stands = pair["verdict"], "*" * pair["stands_among_all"]
+            between = "" if pair["low"] is None else f"<small>{pair['low']:+.3f} to {pair['high']:+.3f}</small>"
+            body += (f'<td class="{CLASS[verdict]}"><b>{SIGNS[verdict]} {pair["mean"]:+.3f}{stands}</b>{between}'
                      f"<small>{verdict}</small></td>")  # fmt: skip
         body += "</tr>"
     head = "".join(f"<th>less {_(name)}</th>" for name in found["variants"])

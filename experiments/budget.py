@@ -21,7 +21,7 @@ from gpt4v_jax.model import flops
 
 MATCH = {  # what is made equal -> the key that is solved for
     "flops": "steps", "text_tokens": "steps", "images": "steps", "steps": "steps",
-    "params": "model.backbone.width", "none": "",
+    "params": "model.backbone.width", "none": "",  # and, where widths are too far apart, the MLP's hidden size
 }  # fmt: skip
 LIMIT = 0.02  # how far budgets may be apart
 MOST = 10**9  # steps
@@ -145,7 +145,14 @@ def _nearest(run: config.Config, match: str, target: int, data: bool) -> config.
         return _closest(lambda k: dataclasses.replace(run, steps=k), 1, lambda r: value(budget(r, data)), target)
     # Heads stay as many, and rope turns pairs of a head's dimensions, over three axes each of its own.
     unit = run.model.backbone.heads * (2 if run.model.position == "rope" else 1)
-    return _closest(lambda k: with_width(run, k * unit), run.model.axes, lambda r: budget(r, data).params, target)
+
+    def params(run: config.Config) -> int:
+        return budget(run, data).params
+
+    wide = _closest(lambda k: with_width(run, k * unit), run.model.axes, params, target)
+    if abs(params(wide) / target - 1) <= LIMIT:
+        return wide
+    return _closest(lambda k: with_hidden(wide, k), 1, params, target)  # widths are too far apart
 
 
 def _closest(made: Callable[[int], config.Config], low: int, value: Callable[[config.Config], int], target: int):
@@ -155,6 +162,11 @@ def _closest(made: Callable[[int], config.Config], low: int, value: Callable[[co
         high *= 2
     k = low + bisect.bisect_left(range(low, high + 1), target, key=lambda k: value(made(k)))
     return min((made(j) for j in (k - 1, k) if low <= j <= high), key=lambda r: abs(value(r) - target))
+
+
+def with_hidden(run: config.Config, hidden: int) -> config.Config:
+    backbone = dataclasses.replace(run.model.backbone, hidden=hidden)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, backbone=backbone))
 
 
 def with_width(run: config.Config, width: int) -> config.Config:

@@ -160,6 +160,14 @@ def _pair(one: str, other: str, found, whose, asked: Question) -> dict[str, Any]
     return {"one": one, "other": other, "verdict": compare.verdict(made, asked.least_is_best), **made._asdict()}
 
 
+def turned(pair: dict) -> dict:
+    """-> the same pair, seen from its other side."""
+    low, high = (None if pair[end] is None else -pair[end] for end in ("high", "low"))
+    verdict = {compare.BETTER: compare.WORSE, compare.WORSE: compare.BETTER}.get(pair["verdict"], pair["verdict"])
+    return pair | {"one": pair["other"], "other": pair["one"], "mean": -pair["mean"], "low": low, "high": high,
+                   "verdict": verdict}  # fmt: skip
+
+
 # ---- curves and time, which only the page shows
 
 

@@ -41,14 +41,12 @@ def families(title: str, x: str, series, log: bool = False) -> str:
     figure, axes = _figure(3.1, title)
     for i, (name, runs, colour) in enumerate(series):
         dashes = DASHES[i // 5 % len(DASHES)]
-        for points in runs:
-            axes.plot(*zip(*points, strict=True), color=colour, lw=0.8, alpha=0.45, ls=dashes)
         shared = sorted(set.intersection(*({at for at, _ in points} for points in runs)))
-        if len(shared) < 2:  # seconds, say: no mean, but a line for the legend
-            axes.plot([], [], color=colour, lw=1.8, label=name, ls=dashes)
-            continue
+        thin, pale = (0.8, 0.45) if shared else (1.2, 0.8)
+        for points in runs:
+            axes.plot(*zip(*points, strict=True), color=colour, lw=thin, alpha=pale, ls=dashes)
         means = [np.mean([dict(points)[at] for points in runs]) for at in shared]
-        axes.plot(shared, means, color=colour, lw=1.8, label=name, ls=dashes)
+        axes.plot(shared, means, color=colour, lw=1.8, label=name, ls=dashes)  # against seconds: for the legend alone
     values = [value for _, runs, _ in series for points in runs for _, value in points]
     if log:
         _log(axes, values)
