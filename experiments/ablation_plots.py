@@ -58,7 +58,7 @@ def curves(folder: Path, found: dict, asked: results.Question, runs: list[Run]) 
             if series:
                 drawn += plots.families(title, label, series, log=key == "loss")
         checked = "" if buttons else " checked"
-        buttons += f'<input type="radio" name="axis" id="by-{axis}"{checked}><label for="by-{axis}">{label}</label> '
+        buttons += f'<label><input type="radio" name="axis" id="by-{axis}"{checked}> {label}</label> '
         panels += f'<div class="charts against" id="against-{axis}">{drawn}</div>'
         style += f"section:has(#by-{axis}:checked) #against-{axis} {{ display: grid; }}\n"
     return f'<div class="axes">against {buttons}</div>{panels}', style

@@ -8,6 +8,7 @@ costs no FLOPs in the count that is matched, so steps are equal.
 """
 
 from experiments import sweep
+from gpt4v_jax.model import presets
 
 VARIANTS = {
     "causal": {},  # a picture is a block that sees itself; the prompt is causal
@@ -22,9 +23,17 @@ SMALL = {
 SMOKE = {"data.name": "digits_world/small", "model.backbone.depth": 2, "model.backbone.width": 16,
          "model.backbone.heads": 2}  # fmt: skip
 BASE = "configs/digits_world.py"
+# PaliGemma's first stage: SigLIP So400m, Gemma 2B, 256 patches of a picture and 128 tokens of text, 1e9 examples,
+# one a row. How many rows a step has is ours: FLOPs are those of rows x steps.
+PAPER = {
+    "model": {**presets.MODELS["gemma-2b"], "vocab": 257_152, "context": 384, "embed_norm": False},
+    "model.image": {**presets.IMAGES["siglip-image-so400m/14-224"], "pool": "none", "patch_norm": False},
+    "data.image.items": 1, "batch": 8192, "steps": 10**9 // 8192, "compute.dtype": "bfloat16",
+}  # fmt: skip
 SIZES = {
     "toy": sweep.Sweep(BASE, VARIANTS, TOY, smoke=SMOKE),
     "small": sweep.Sweep(BASE, VARIANTS, SMALL, smoke=SMOKE),
+    "paper": sweep.Sweep(BASE, VARIANTS, PAPER, plan_only=True),
 }
 
 if __name__ == "__main__":

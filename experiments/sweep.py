@@ -82,7 +82,7 @@ def run(doc: str, size: str, sweep: Sweep) -> None:
     """Plan, runs, results, as the flags say. Raises InputError for bad input, Leave where it ends early."""
     jax.config.update("jax_platforms", "cpu")  # of this process alone, which only counts: devices are the runs'
     if _SMOKE.value:
-        sweep = dataclasses.replace(sweep, seeds=1, match="none", plan_only=False)
+        sweep = dataclasses.replace(sweep, seeds=1, match="none")
     asked = variants.configs(sweep.base, sweep.variants, sweep.common, _last(sweep))
     question = results.question(sweep.metric, sweep.split, sweep.baselines)
     console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
