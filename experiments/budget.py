@@ -159,7 +159,7 @@ def _closest(made: Callable[[int], config.Config], low: int, value: Callable[[co
     """-> made(k) whose value, which grows with k, is nearest to the target, of k from `low` on."""
     high = low
     while value(made(high)) < target and high < MOST:
-        high *= 2
+        low, high = high, 2 * high
     k = low + bisect.bisect_left(range(low, high + 1), target, key=lambda k: value(made(k)))
     return min((made(j) for j in (k - 1, k) if low <= j <= high), key=lambda r: abs(value(r) - target))
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,15 +27,17 @@ def made(data: config.Data, variants: dict, **more) -> sweep.Sweep:
 
 
 class Runner:
-    """In the place of processes. said: (command, run) in their order; fails: {(command, run): exit status, once}."""
+    """In the place of processes. said: (command, run) in their order; cores: those of each; fails: {(command, run):
+    exit status, once}."""
 
-    def __init__(self, items: int, records: int = 32):
-        self.said, self.fails, self._items, self._records = [], {}, items, records
+    def __init__(self, items: int):
+        self.said, self.cores, self.fails, self._items = [], [], {}, items
 
     def __call__(self, lanes_, line: list[str], log: Path) -> int:
         command, told = line[2].rpartition(".")[2], dict(x.removeprefix("--").split("=", 1) for x in line[3:])
         folder = Path(told["workdir"])
         self.said.append((command, folder.name))
+        self.cores.append(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set())
         if status := self.fails.pop((command, folder.name), 0):
             log.write_text(f"something\nerror: no luck in {folder}\n")
             return status

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation_plots, ablation_report, child, lanes
+from experiments import ablation_plots, ablation_report, child, lanes, results
+from gpt4v_jax import config
 from gpt4v_jax.training import lock
 from tests.experiments import fake
 from tests.test_report import Page
@@ -45,11 +46,11 @@ def test_what_a_sweep_leaves(ran, tmp_path, capsys):
     assert (found["question"], found["runs_done"], found["items"], found["errors"]) == (
         "Does a wider model do better?", 4, 2000, {})  # fmt: skip
     for name, one in found["variants"].items():
-        config = json.loads((tmp_path / "configs" / f"{name}-1.json").read_text())
-        assert (config["seed"], config["steps"]) == (1, one["budget"]["steps"])
+        run = json.loads((tmp_path / "configs" / f"{name}-1.json").read_text())
+        assert (run["seed"], run["steps"]) == (1, one["budget"]["steps"])
         assert one["seeds"].keys() == {"0", "1"} and one["mean"].keys() == {"questions", "counted", "permuted"}
         for seed, values in one["seeds"].items():
-            path = tmp_path / "runs" / f"{name}-{seed}" / "eval" / "test-questions" / f"{config['steps']}.json"
+            path = tmp_path / "runs" / f"{name}-{seed}" / "eval" / "test-questions" / f"{run['steps']}.json"
             assert values["questions"] == json.loads(path.read_text())["metrics"]["accuracy"]
     narrow, wide = found["variants"].values()
     assert (narrow["differs_in"], narrow["off"]) == ({}, 0) and abs(wide["off"]) <= 0.02
@@ -183,6 +184,23 @@ def test_lanes_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 7}, raising=False)
     assert lanes.pinned(2) == [{0, 1}, {2, 5}]
     assert lanes.pinned(1) == lanes.pinned(6) == []
+
+
+def test_a_lane_keeps_to_its_cores(ran, tmp_path):
+    runner = fake.Runner(60)
+    mine = getattr(os, "sched_getaffinity", lambda pid: set())(0)
+    assert ran(tmp_path, "--jobs=2", runner=runner) == 0
+    assert {frozenset(cores) for cores in runner.cores} <= set(map(frozenset, lanes.pinned(2) or [mine]))
+    assert getattr(os, "sched_getaffinity", lambda pid: set())(0) == mine, "it is the lanes' threads that are pinned"
+
+
+def test_lines_that_a_resumed_run_adds_are_no_part_of_its_curve(tmp_path):
+    run = lanes.Run("a", config.Config(steps=9, log_every=4), work=1)
+    (tmp_path / "runs" / "a-0").mkdir(parents=True)
+    lines = [{"step": step, "loss": 1.0} for step in (1, 4, 6, 8, 9)] + [{"step": 6, "questions/accuracy": 0.5}]
+    (tmp_path / "runs" / "a-0" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [line["step"] for line in results.curve(tmp_path, run, "loss")] == [1, 4, 8, 9]
+    assert [line["step"] for line in results.curve(tmp_path, run, "questions/accuracy")] == [6]
 
 
 def test_a_run_ends_with_its_sweep():
