@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 # What matplotlib draws with -> the page's colours, so that plots follow light and dark.
-COLOURS = {f"#0{i}0{i}0{i}": name for i, name in enumerate(("ink", "faint", "line", "a", "b", "c", "d"), 1)}
-INK, FAINT, LINE, A, B, C, D = COLOURS
+COLOURS = {f"#0{i}0{i}0{i}": name for i, name in enumerate(("ink", "faint", "line", *"abcdef"), 1)}
+INK, FAINT, LINE, A, B, C, D, E, F = COLOURS
+DASHES = ("-", "--", "-.", ":")
 
 
 def curves(title: str, series, log: bool = False, top: float | None = None) -> str:
@@ -21,13 +22,9 @@ def curves(title: str, series, log: bool = False, top: float | None = None) -> s
         marker = ("o", "s", "^", "D", "v", "P", "X", "*")[i % 8] if len(points) < 30 else None
         axes.plot(*zip(*points, strict=True), color=colour, lw=1.5, label=name, marker=marker, ms=3.5)
     values = [value for _, points, _ in series for _, value in points]
-    if log and 0 < 4 * min(values) < max(values):
-        axes.set_yscale("log")
-        ticks = [digit * 10.0**k for k in range(-5, 4) for digit in (1, 2, 5)]
-        axes.set_yticks([t for t in ticks if min(values) / 1.5 < t < max(values) * 1.5])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter("{x:g}")
-    elif not log:
+    if log:
+        _log(axes, values)
+    else:
         axes.set_ylim(0, top)
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -35,6 +32,55 @@ def curves(title: str, series, log: bool = False, top: float | None = None) -> s
         axes.yaxis.set_major_formatter("{x:,.0f}")
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=1 + len(series) // 5)
+    return _svg(figure, title)
+
+
+def families(title: str, x: str, series, log: bool = False) -> str:
+    """Curves of several runs each, against `x`; series: (name, [[(x, value)] of each run], colour). Runs are thin, and
+    where all have the same x their mean is thick."""
+    figure, axes = _figure(3.1, title)
+    for i, (name, runs, colour) in enumerate(series):
+        dashes = DASHES[i // 5 % len(DASHES)]
+        shared = sorted(set.intersection(*({at for at, _ in points} for points in runs)))
+        thin, pale = (0.8, 0.45) if shared else (1.2, 0.8)
+        for points in runs:
+            axes.plot(*zip(*points, strict=True), color=colour, lw=thin, alpha=pale, ls=dashes)
+        means = [np.mean([dict(points)[at] for points in runs]) for at in shared]
+        axes.plot(shared, means, color=colour, lw=1.8, label=name, ls=dashes)  # against seconds: for the legend alone
+    values = [value for _, runs, _ in series for points in runs for _, value in points]
+    if log:
+        _log(axes, values)
+    axes.set_xlabel(x)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter("{x:,.4g}")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=1 + len(series) // 4)
+    return _svg(figure, f"{title} against {x}")
+
+
+def dots(title: str, x: str, rows, marks=(), zero: bool = False) -> str:
+    """Means with whiskers, one above the other; rows: (name, colour, mean, low, high, [value of each run]), low and
+    high None where there is no interval. marks: (name, marker, [value of each row, or None]). zero: a line at 0."""
+    figure, axes = _figure(0.42 * len(rows) + 1.15 + 0.2 * bool(marks), title)
+    for y, (_, colour, mean, low, high, values) in enumerate(rows):
+        if low is not None:
+            axes.plot((low, high), (y, y), color=colour, lw=2.2, solid_capstyle="butt")
+            axes.plot((low, high), (y, y), color=colour, ls="", marker="|", ms=9, mew=1.6)
+        axes.plot(values, [y] * len(values), color=colour, ls="", marker="o", ms=4, alpha=0.5)
+        axes.plot([mean], [y], color=colour, ls="", marker="o", ms=8)
+        axes.annotate(f"{mean:+.3f}" if zero else f"{mean:.3f}", (mean, y), (0, 7), textcoords="offset points",
+                      ha="center", fontsize=8.5, color=INK)  # fmt: skip
+    for name, marker, values in marks:
+        there = [(value, y) for y, value in enumerate(values) if value is not None]
+        axes.plot(*zip(*there, strict=True), color=C, ls="", marker=marker, ms=7, mew=1.4, fillstyle="none", label=name)
+    if zero:
+        axes.axvline(0, color=FAINT, lw=1)
+    axes.set_ylim(len(rows) - 0.5, -0.7)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(x)
+    if marks:
+        figure.legend(frameon=False, fontsize=9, ncols=len(marks), loc="outside lower left", labelcolor=INK)
     return _svg(figure, title)
 
 
@@ -60,6 +106,17 @@ def bars(title: str, rows: list[str], series) -> str:
     axes.axhline(len(rows) - 1.5, color=FAINT, lw=0.8)
     figure.legend(frameon=False, fontsize=9, ncols=2, loc="outside lower left", handlelength=1, labelcolor=INK)
     return _svg(figure, f"accuracy by kind, {title}")
+
+
+def _log(axes, values: list[float]) -> None:
+    """A logarithmic axis, where the values go far enough."""
+    if not 0 < 4 * min(values) < max(values):
+        return
+    axes.set_yscale("log")
+    ticks = [digit * 10.0**k for k in range(-5, 4) for digit in (1, 2, 5)]
+    axes.set_yticks([t for t in ticks if min(values) / 1.5 < t < max(values) * 1.5])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _figure(height: float, title: str):

@@ -1,0 +1,104 @@
+"""What can be said of a few seeds: means with intervals, and differences between variants on the same test items.
+
+A difference has two sources of chance: seeds (train again, and it comes out otherwise) and items (ask other questions).
+Its variance is taken as the sum of
+
+- the variance of the seeds' differences over the number of seeds, with one degree of freedom fewer than seeds, and
+- the variance over records of the difference in their items, mean over seeds: records, since the questions of one go
+  together (a ratio of clusters, as in gpt4v_jax/eval/common.py), with one degree of freedom fewer than records,
+
+and its degrees of freedom are Satterthwaite's (1946). What both hold (how an item comes out under a seed) is counted
+twice, which errs to the wide side. So three seeds are enough where the questions are what varies, and where the seeds
+are, the t-distribution with two degrees of freedom says how little three of them are.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.05
+BETTER, WORSE, NEITHER, ALONE = "better", "worse", "not distinguishable", "one seed: not judged"
+
+
+class Mean(NamedTuple):
+    """low, high: a 95 % interval; None where there is a single seed."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Difference(NamedTuple):
+    """One variant less another. p: two-sided, that they are the same; None with a single seed, as are the others."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    seeds: float | None = None  # standard error by the seeds alone
+    items: float | None = None  # and by the items alone; None where they are not known
+    freedom: float | None = None
+
+
+def over_seeds(values: Sequence[float]) -> Mean:
+    """-> the mean of one value a seed and its interval by Student's t: what another seed's mean would be like."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Mean(mean)
+    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1) * np.std(values, ddof=1) / n**0.5)
+    return Mean(mean, mean - half, mean + half)
+
+
+def difference(one: Sequence[float], other: Sequence[float], right: tuple[np.ndarray, np.ndarray] | None = None,
+               records: np.ndarray | None = None) -> Difference:  # fmt: skip
+    """one, other: a metric of each of the same seeds. right: of both [seeds, items] what was right, items in the same
+    order; records [items]: whose each is, None: each is one of its own. Without `right` only seeds count."""
+    each = np.asarray(one, float) - np.asarray(other, float)
+    mean, seeds = float(each.mean()), len(each)
+    if seeds < 2:
+        return Difference(mean)
+    by_seeds, by_items, clusters = float(each.var(ddof=1)) / seeds, 0.0, 0
+    if right is not None:
+        by_items, clusters = _over_items((right[0].astype(float) - right[1]).mean(0), records)
+    variance = by_seeds + by_items
+    if variance < 1e-24:  # all seeds and items say the same
+        return Difference(mean, mean, mean, float(abs(mean) < 1e-12), 0.0, 0.0 if right is not None else None, math.inf)
+    freedom = variance**2 / (by_seeds**2 / (seeds - 1) + (by_items**2 / (clusters - 1) if clusters > 1 else 0))
+    error = variance**0.5
+    half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    items = by_items**0.5 if right is not None else None
+    return Difference(mean, mean - half, mean + half, p, by_seeds**0.5, items, float(freedom))
+
+
+def _over_items(differences: np.ndarray, records: np.ndarray | None) -> tuple[float, int]:
+    """differences [items] -> (variance of their mean, number of clusters)."""
+    index = np.arange(len(differences)) if records is None else np.unique(records, return_inverse=True)[1]
+    clusters, n = int(index.max()) + 1, len(differences)
+    if clusters < 2:
+        return 0.0, clusters
+    residual = np.bincount(index, differences) - differences.mean() * np.bincount(index)
+    return float((residual**2).sum() * clusters / (clusters - 1) / n**2), clusters
+
+
+def verdict(found: Difference, least_is_best: bool = False) -> str:
+    """-> BETTER, WORSE or NEITHER, by whether the interval leaves out 0."""
+    if found.p is None:
+        return ALONE
+    if found.low <= 0 <= found.high:
+        return NEITHER
+    return BETTER if (found.mean > 0) != least_is_best else WORSE
+
+
+def holm(p: Sequence[float | None]) -> list[bool]:
+    """-> which of several tests stand at 5 % for all of them together (Holm 1979)."""
+    known = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    out = [False] * len(p)
+    for rank, (value, i) in enumerate(known):
+        if value > LEVEL / (len(known) - rank):
+            break
+        out[i] = True
+    return out

@@ -1,0 +1,200 @@
+"""The runs of a sweep: one process each, several at a time, each on cores of its own; what is done is not done again.
+
+A run's folder is runs/VARIANT-SEED, its config configs/VARIANT-SEED.json, what it said logs/VARIANT-SEED.txt, and
+state/VARIANT-SEED.json says that it is done or why it failed. A failed one is tried again by the next sweep.
+"""
+
+import dataclasses
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt4v_jax import config
+from gpt4v_jax.training import metrics, steps, workdir
+from gpt4v_jax.training.stop import PREEMPTED
+
+HERE = Path(__file__).parent
+HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # huge pages: faster on Linux, ignored elsewhere; as the Makefile
+SHORT = 400  # characters of an error
+
+
+@dataclasses.dataclass
+class Run:
+    """One variant with one seed. state: waiting, training, evaluating, done, failed or stopped."""
+
+    variant: str
+    config: config.Config
+    work: int  # its FLOPs, by which the time that is left is guessed
+    state: str = "waiting"
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.config.seed}"
+
+
+Execute = Callable[[list[str], Path], int]  # (what to run, where its output goes) -> its exit status
+
+
+class Lanes:
+    """Runs everything in `folder` that is not done, `jobs` at a time. told: what gpt4v_jax.evaluate is told."""
+
+    def __init__(self, folder: Path, runs: list[Run], told: list[str], jobs: int, execute: Execute | None = None):
+        self._folder, self._told, self._jobs = folder, told, jobs
+        self.runs, self._execute, self._cores = runs, execute or self._process, pinned(jobs)
+        self.began, self._lock, self._children = time.time(), threading.Lock(), set()
+        self.stopping = threading.Event()
+        for run in runs:
+            if said(folder, run.name).get("state") == "done":
+                run.state = "done"
+        self._first = self.progress()
+
+    def __enter__(self):
+        waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
+        for run in self.runs:
+            if run.state != "done":
+                waiting.put(run)
+        self._threads = [threading.Thread(target=self._lane, args=(waiting, k)) for k in range(self._jobs)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind, *error):
+        if kind:
+            self.stop()
+        for thread in self._threads:
+            thread.join()
+
+    def busy(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+    def stop(self) -> None:
+        """Nothing more is begun, and what trains is asked to save and to leave."""
+        self.stopping.set()
+        with self._lock:
+            for child in self._children:
+                child.send_signal(signal.SIGTERM)
+
+    def progress(self) -> float:
+        """-> the share of the work that is done."""
+        done = sum(run.work * _done(self._folder, run) for run in self.runs)
+        return done / max(sum(run.work for run in self.runs), 1)
+
+    def left(self) -> float | None:
+        """-> seconds until all is done, at the speed of this process so far; None where nothing is known yet."""
+        done = self.progress()
+        if done <= self._first:
+            return None
+        return (1 - done) / (done - self._first) * (time.time() - self.began)
+
+    def _lane(self, waiting: queue.SimpleQueue, k: int) -> None:
+        if self._cores:
+            os.sched_setaffinity(0, self._cores[k])  # of this thread, and of what it starts
+        while not self.stopping.is_set():
+            try:
+                run = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._one(run)
+            except Exception as error:  # a full disk, say: the other runs go on
+                run.error = f"{type(error).__name__}: {error}"
+            run.state = "stopped" if self.stopping.is_set() and run.state != "done" else run.state
+            if run.error and run.state != "stopped":
+                run.state = "failed"
+                note(self._folder, run)
+
+    def _one(self, run: Run) -> None:
+        folder, log = self._folder / "runs" / run.name, self._folder / "logs" / f"{run.name}.txt"
+        file = self._folder / "configs" / f"{run.name}.json"
+        workdir.write(file, config.to_json(run.config) + "\n")
+        log.parent.mkdir(exist_ok=True)
+        train = ["train", f"--config={HERE / 'from_json.py'}:{file.resolve()}", f"--workdir={folder}"]
+        evaluate = ["evaluate", f"--workdir={folder}", *self._told]
+        for command, state in ((train, "training"), (evaluate, "evaluating")):
+            if state == "training" and trained(folder, run.config) or self.stopping.is_set():
+                continue
+            run.state = state
+            status = self._execute([sys.executable, "-m", f"gpt4v_jax.{command[0]}", *command[1:]], log)
+            if status:
+                asked = status in (PREEMPTED, -signal.SIGTERM)
+                run.error = "it was asked to stop" if asked else _last_words(log, status, self._folder)
+                return
+        if not self.stopping.is_set():
+            run.state = "done"
+            note(self._folder, run)
+
+    def _process(self, line: list[str], log: Path) -> int:
+        child = [sys.executable, str(HERE / "child.py"), str(os.getpid()), *line]
+        path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+        with log.open("ab") as out:
+            process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through `stop`, once
+                child, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env=HUGE | os.environ | {"PYTHONPATH": path},
+            )  # fmt: skip
+        with self._lock:
+            self._children.add(process)
+            if self.stopping.is_set():
+                process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait()
+        finally:
+            with self._lock:
+                self._children.discard(process)
+
+
+def pinned(jobs: int) -> list[set[int]]:
+    """-> the cores of each lane, evenly; [] where one lane has all, where there are too few, or none can be pinned."""
+    if jobs < 2 or not hasattr(os, "sched_setaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // jobs
+    return [set(cores[k * share : (k + 1) * share]) for k in range(jobs)] if share else []
+
+
+def trained(folder: Path, run: config.Config) -> bool:
+    """Whether nothing of a run's training is left to do, its last evaluation included."""
+    if run.steps not in steps.finished(folder / "checkpoints"):
+        return False
+    return not run.eval.evaluators or metrics.evaluated(folder, run.steps)
+
+
+def said(folder: Path, name: str) -> dict:
+    """-> {"state": "done" or "failed", "error"} of a run; {} where it has not ended."""
+    path = folder / "state" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def note(folder: Path, run: Run) -> None:
+    workdir.write(folder / "state" / f"{run.name}.json", json.dumps({"state": run.state, "error": run.error}) + "\n")
+
+
+def last_line(folder: Path, name: str) -> dict:
+    """-> the newest line of a run's log that has a loss."""
+    return next((line for line in reversed(metrics.read(folder / "runs" / name)) if "loss" in line), {})
+
+
+def minutes(folder: Path, name: str) -> float | None:
+    return next((x["minutes"] for x in reversed(metrics.read(folder / "runs" / name)) if "minutes" in x), None)
+
+
+def _done(folder: Path, run: Run) -> float:
+    if run.state in ("done", "failed", "evaluating"):
+        return 1.0
+    return last_line(folder, run.name).get("step", 0) / run.config.steps
+
+
+def _last_words(log: Path, status: int, folder: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    words = lines[-1] if lines else ""
+    for path in (str(folder.resolve()), str(folder)):  # a result does not depend on where the sweep's folder is
+        words = words.replace(path, "WORKDIR")
+    ended = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    return f"{ended}: {words[:SHORT]}"

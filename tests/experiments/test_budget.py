@@ -1,0 +1,98 @@
+"""Every kind of budget is met within 2 %, or it is said how near one can come; counts are those of what is read."""
+
+import dataclasses
+
+import pytest
+
+from experiments import budget, variants
+from gpt4v_jax import config, sharding, train
+from gpt4v_jax.data import pipeline
+
+
+@pytest.fixture
+def asked(digits_world):
+    """-> asked(variants, common) -> their configs, of configs/tiny.py."""
+
+    def make(overrides, **common):
+        return variants.configs("configs/tiny.py", overrides, {"data.cache": digits_world.cache, "data.threads": 0,
+                                                               "steps": 300, **common}, {})  # fmt: skip
+
+    return make
+
+
+VARIANTS = {
+    "small": {},
+    "wide": {"model.backbone.width": 32},
+    "deep": {"model.backbone.depth": 5},
+    "patch_6": {"model.image.patch": 6},
+    "turns": {"data.turns": 5, "batch": 5},
+}
+
+
+@pytest.mark.parametrize("match", ["flops", "text_tokens", "images", "steps", "params", "none"])
+def test_every_match(asked, match):
+    overrides = VARIANTS if match != "params" else {
+        "small": {"model.backbone.width": 256, "model.backbone.depth": 1},
+        "deep": {"model.backbone.width": 256, "model.backbone.depth": 2, "model.backbone.activation": "swiglu"},
+        "coarse": {"model.backbone": {"heads": 16, "width": 96, "depth": 2}, "model.axes": 3},
+    }  # fmt: skip
+    given = asked(overrides)
+    solved = budget.solve(given, match, "small", dict.fromkeys(given, False))
+    first = solved["small"]
+    assert first.run == first.asked == given["small"] and first.off == 0
+    for name, one in solved.items():
+        if match == "none":
+            assert one.run == one.asked
+            continue
+        value = getattr(one.budget, match)
+        assert value == pytest.approx(getattr(first.budget, match), rel=0.02), name
+        assert one.off == value / getattr(first.budget, match) - 1
+        differs = {key.rpartition(".")[2] for key in config.differences(one.asked, one.run)}
+        assert differs <= ({"steps"} if match != "params" else {"width", "head_dim", "hidden"}), name
+        heads = one.run.model.backbone.heads
+        assert heads == one.asked.model.backbone.heads and one.run.model.backbone.width % heads == 0
+        assert (one.run.model.backbone.hidden == 4 * one.run.model.backbone.width) == (name != "coarse")
+    if match == "params":
+        assert solved["deep"].run.model.backbone.width < 256
+
+
+def test_counts_are_those_of_the_batches(asked):
+    """Of rows in the first epoch exactly; a picture is counted once however many patches it has."""
+    run = asked({"a": {"model.image.patch": 6, "steps": 3}})["a"]
+    found = budget.budget(run)
+    stream = train.open_stream(run, None, sharding.make_mesh(config.Mesh()), resumes=False)
+    text = images = 0
+    for batch in pipeline.batches(stream.source, stream.plan, stream.layout, run.batch, 0, run.steps):
+        text += int(((batch.document > 0) & (batch.slot < 0)).sum())
+        images += int((batch.image.at >= 0).sum())
+    assert (found.text_tokens, found.images) == (text, images)
+    assert found.positions == 3 * run.batch * run.model.context
+    rows = budget.read(run)
+    epoch = len(rows.text) - 1
+    assert rows.before(2 * epoch + 1) == (2 * rows.text[-1] + rows.text[1], 2 * rows.images[-1] + rows.images[1])
+
+
+def test_what_cannot_be_met(asked):
+    given = asked({"small": {}, "wide": {"model.backbone.width": 32}, "vast": {"model.backbone.width": 640}}, steps=4)
+    with pytest.raises(config.InputError) as error:
+        budget.solve(given, "flops", "small", dict.fromkeys(given, False))
+    said = str(error.value)
+    assert "cannot be met within 2%" in said
+    for name, run in list(given.items())[1:]:
+        steps = {"wide": 2, "vast": 1}[name]
+        off = budget.budget(dataclasses.replace(run, steps=steps)).flops / budget.budget(given["small"]).flops - 1
+        assert f"{name}: steps={steps:,} is the nearest, and its flops are {off:+.1%} of small's" in said, said
+    kept = budget.solve(given, "flops", "small", {"small": False, "wide": True, "vast": True})
+    assert kept["vast"].own and kept["vast"].run == given["vast"] and kept["vast"].off > 1
+    with pytest.raises(config.InputError, match="this size reads no data"):
+        budget.solve(given, "images", "small", dict.fromkeys(given, False), data=False)
+    found = budget.budget(given["small"], data=False)
+    assert (found.text_tokens, found.images) == (None, None) and found.flops > 0
+
+
+def test_width_keeps_what_was_said_of_heads_and_hidden(asked):
+    run = asked({"a": {"model.backbone": {"head_dim": 10, "hidden": 48}}})["a"]
+    wide = budget.with_width(run, 24).model.backbone
+    assert (wide.width, wide.head_dim, wide.hidden) == (24, 10, 48)
+    wide = budget.with_width(asked({"a": {}})["a"], 24).model.backbone
+    assert (wide.width, wide.head_dim, wide.hidden) == (24, 12, 96)
