@@ -35,7 +35,7 @@ SMOKE = {"data.name": "digits_world/small", "model.backbone.depth": 2, "model.ba
          "model.backbone.heads": 2}  # fmt: skip
 # Idefics2's set-up, finding 2: SigLIP So400m and Mistral 7B; 64 vectors of a picture by a perceiver of 3 blocks.
 PAPER = {
-    "model": {**presets.MODELS["mistral-7b"], "vocab": 32_768, "context": 2048, "embed_norm": False},
+    "model": {**presets.MODELS["mistral-7b-v0.1"], "vocab": 32_003, "context": 2048, "embed_norm": False},
     "model.image": {**presets.IMAGES["siglip-image-so400m/14-384"], "pool": "none", "patch_norm": False},
     "model.fusion": {"tokens": 64, "depth": 3}, "data.image.items": 8, "batch": 1024, "steps": 5000,
     "compute.dtype": "bfloat16",

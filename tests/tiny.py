@@ -63,6 +63,8 @@ FUSIONS = {  # name -> of make_config; each kind, and what it can be besides
     "injected": {"fusion": {"inject": 1, "connector": "pixel_shuffle"}, "encoder": True},
 }
 
+KINDS = [name for name in FUSIONS if name in config.FUSIONS]  # one of each kind
+
 
 @functools.cache
 def make_model(model: config.Model, seed: int = 0, gate: float = 0.7):

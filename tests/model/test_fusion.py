@@ -91,19 +91,20 @@ def test_every_parameter_is_trained(name):
 
 def test_the_latest_medium_alone():
     """Of each kind: a sound after a picture leaves the picture seen; a second picture hides the first."""
-    model = tiny.make_config(media=True, context=32, **tiny.FUSIONS["cross_attention, latest"])
-    model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, depth=2))
-    module, params = tiny.make_model(model)
+    values = tiny.FUSIONS["cross_attention, latest"]
+    module, params = tiny.make_model(tiny.make_config(media=True, context=32, **values))
     batch = tiny.rows(module.layout, ("U1 I A2 S U1 A2 U1 I A2",))
-    before = np.asarray(forward(module, params, batch)[0])
-    patch = batch.image.patch.copy()
-    patch[0, :4] = 255 - patch[0, :4]
-    after = np.asarray(forward(module, params, batch.replace(image=batch.image.replace(patch=patch)))[0])
-    changed = (after != before).any(-1)
-    first, second = batch.image.at[0]
-    # The last block is the only one that reads: nothing carries the first picture on.
-    np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(first, second))
-    assert first < batch.audio.at[0, 0] < second
+    sight = module.apply({"params": params}, batch, capture=True)[2]["memory"]
+    seen = np.asarray(attention.visible(sight)[0])
+    (first, second), (sound, _) = batch.image.at[0], batch.audio.at[0]
+    end = int((batch.document[0] > 0).sum())
+    audio = module.layout.offset("audio")
+    for vectors, start, stop in ((slice(0, 4), first, second), (slice(4, 8), second, end), (audio, sound, end)):
+        expected = (np.arange(32) >= start) & (np.arange(32) < stop)
+        np.testing.assert_array_equal(seen[:, vectors].reshape(32, -1).all(1), expected)
+        np.testing.assert_array_equal(seen[:, vectors].reshape(32, -1).any(1), expected)
+    all_of_them = dataclasses.replace(sight, k_kind=None)
+    assert np.asarray(attention.visible(all_of_them))[0, end - 1, :4].all()
 
 
 # ---- connectors

@@ -62,7 +62,7 @@ def influence_of(kind: str, position: str):
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("kind", tiny.FUSIONS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_causality_by_gradient(kind, name):
     model, influence = influence_of(kind, "learned" if kind == "prefix_lm" else "rope")
     batch = tiny.rows(model.layout, ROWS[name])
