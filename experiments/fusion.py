@@ -5,8 +5,8 @@ python -m experiments.fusion --frozen --workdir runs/fusion_frozen --text runs/t
 
 The source is Idefics2 (Laurencon et al. 2024, arXiv 2405.02246, section 3.2, finding 2): with the language model frozen
 cross-attention does better, with all trained the fully autoregressive way (`concat`) does, although it has fewer
-parameters. Shukor et al. 2025 (arXiv 2504.07951) find early fusion at least as good as late at small sizes. Comparing at
-equal steps misleads: a picture of digits world takes 9 positions of a row under `concat`, and one under
+parameters. Shukor et al. 2025 (arXiv 2504.07951) find early fusion at least as good as late at small sizes. Comparing
+at equal steps misleads: a picture of digits world takes 9 positions of a row under `concat`, and one under
 `cross_attention`. Here each kind gets the steps that make its FLOPs those of `concat`.
 """
 

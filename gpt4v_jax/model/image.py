@@ -53,7 +53,7 @@ def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, comput
     index = index_BM3 if c.position == "rope" else None
     encoder = media_lib.encoder(c, compute, inject, last_norm=not c.pool_norm)
     x, *_, out = encoder(x, index, attention.bidirectional(item))
-    return x, tuple(out.values())
+    return x, tuple(out[f"block_{i}"] for i in encoder.taps)
 
 
 class ImageEmbed(nn.Module):

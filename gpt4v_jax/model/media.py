@@ -52,8 +52,9 @@ def encoded(c, x_BME, media: batch_lib.Media, compute: config.Compute, inject: i
     if not c.encoder:
         return x_BME, (x_BME,) * inject
     index = media.index if c.position == "rope" else None
-    x, *_, out = encoder(c, compute, inject)(x_BME, index, attention.bidirectional(media.item))
-    return x, tuple(out.values())
+    stack = encoder(c, compute, inject)
+    x, *_, out = stack(x_BME, index, attention.bidirectional(media.item))
+    return x, tuple(out[f"block_{i}"] for i in stack.taps)
 
 
 def segment(model: config.Model, layout: batch_lib.Layout, kind: int, features, media, document, step):

@@ -179,9 +179,7 @@ def test_what_an_encoder_reads_and_the_decoder_says():
 
 @pytest.mark.parametrize("name", ["cross_attention", "pooled", "encoder_decoder", "experts", "injected"])
 def test_a_loop_of_blocks_is_the_list(name):
-    values = {"depth": 4} | tiny.FUSIONS[name]
-    if name == "injected":
-        values = values | {"fusion": {"inject": 2}}
+    values = tiny.FUSIONS[name] if name != "injected" else {"depth": 3, "encoder": True, "fusion": {"inject": 2}}
     module, params = tiny.make_model(tiny.make_config(**values))
     batch = tiny.rows(module.layout, ("I U2 A3", "U1 I A2"))
 
