@@ -83,7 +83,7 @@ def test_pieces_of_the_vocabulary_equal_the_whole(vocabulary, chunks, bias, cap,
     direction = jnp.array(np.random.default_rng(0).normal(size=target.shape))
 
     def value(x, head, chunks):
-        nats, hit, _ = objectives.scores(x, head, target, chunks)
+        nats, hit, *_ = objectives.scores(x, head, target, chunks)
         return (nats * direction).sum(), (nats, hit)
 
     whole, pieces = (jax.value_and_grad(value, (0, 1), has_aux=True)(x, head, n) for n in (1, chunks))
