@@ -241,6 +241,13 @@ def test_weights_that_would_mean_something_else_are_refused(tmp_path):
     check(folder, "^(?!text/embed|head)", tokenizer="other")
 
 
+def test_leaves_of_lora_are_no_part_that_is_taken(tmp_path):
+    """A pattern that finds lora/image/..., too, takes pictures' parameters alone: the backbone may be another."""
+    c = config.LoRA(rank=2, pattern="^image/")
+    check(saved(tmp_path, step.State(1, lora.added(params_of(), c, 0), {}), lora=c), "image/",
+          backbone=dataclasses.replace(BASE.model.backbone, activation="relu"))  # fmt: skip
+
+
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(config.InputError, match="no checkpoint yet"):
         check(saved(tmp_path))
