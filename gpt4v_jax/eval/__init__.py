@@ -48,7 +48,7 @@ def check(evaluator: str, source, data: str, kinds: tuple[str, ...] = ()) -> Non
     if name in DENOISED and name not in kinds:
         raise config.InputError(f"the evaluator {name!r} scores what data.objective={name!r} makes, and the run has "
                                 f"{', '.join(kinds)}")
-    if source.layout.source and "span" not in kinds:
+    if source.layout.source and source.layout.place != "source" and "span" not in kinds:
         raise config.InputError("there is no scoring yet for a model with a separate encoder (model.source) that has "
                                 "not learnt by data.objective='span': its source would be empty")
     if name == "masked":
