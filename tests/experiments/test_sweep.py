@@ -186,6 +186,14 @@ def test_lanes_share_the_cores(monkeypatch):
     assert lanes.pinned(1) == lanes.pinned(6) == []
 
 
+def test_a_pair_from_its_other_side():
+    pair = {"one": "a", "other": "b", "mean": 0.2, "low": 0.1, "high": 0.4, "verdict": "better", "p": 0.01}
+    other = {"one": "b", "other": "a", "mean": -0.2, "low": -0.4, "high": -0.1, "verdict": "worse", "p": 0.01}
+    assert results.turned(pair) == other and results.turned(other) == pair
+    alone = pair | {"low": None, "high": None, "verdict": "not distinguishable"}
+    assert results.turned(results.turned(alone)) == alone and results.turned(alone)["verdict"] == alone["verdict"]
+
+
 def test_a_lane_keeps_to_its_cores(ran, tmp_path):
     runner = fake.Runner(60)
     mine = getattr(os, "sched_getaffinity", lambda pid: set())(0)
@@ -209,10 +217,8 @@ def test_a_run_ends_with_its_sweep():
         pytest.skip("Linux alone")
     code = f"""
 import os, subprocess, sys
-line = [sys.executable, {child.__file__!r}, str(os.getpid()), sys.executable, "-c", "import sys; sys.stdin.read()"]
-subprocess.Popen(line, stdin=subprocess.PIPE if len(sys.argv) > 1 else None)
-print("up", flush=True)
-sys.stdin.read()
+waits = "import sys; print('up', flush=True); sys.stdin.read()"
+subprocess.run([sys.executable, {child.__file__!r}, str(os.getpid()), sys.executable, "-c", waits])
 """
     read, write = os.pipe()  # keeps the grandchild's stdin open whatever becomes of its parent
     with subprocess.Popen([sys.executable, "-c", code], stdin=read, stdout=subprocess.PIPE) as parent:
