@@ -3,9 +3,10 @@
 python -m experiments.contrastive_first --workdir runs/contrastive_first [--size toy|small] [--jobs 2] [--plan]
 
 Vision-language models mostly begin with encoders trained on pairs (CLIP, Radford et al. 2021; SigLIP, Zhai et al. 2023,
-arXiv 2303.15343). CapPa (Tschannen et al. 2023, arXiv 2306.07915): encoders that were trained by captioning are as good
-or better. Here the whole model, with an encoder of its own for pictures, learns from pairs of a scene and a caption, or
-from captions, or from nothing, and then from questions; all stages together have the same FLOPs.
+arXiv 2303.15343). CapPa (Tschannen et al. 2023, arXiv 2306.07915): with the same data and compute, encoders that were
+trained by captioning classify about as well, and are ahead in tasks of pictures and language. Here the whole model,
+with an encoder of its own for pictures, learns from pairs of a scene and a caption, or from captions, or from nothing,
+and then from questions; all stages together have the same FLOPs.
 """
 
 from typing import Any
