@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import results
+from experiments import lanes, results
 from experiments.lanes import Run
 from gpt4v_jax import plan, plots
 
@@ -44,6 +44,7 @@ def curves(folder: Path, found: dict, asked: results.Question, runs: list[Run]) 
     lines = {(run.name, key): results.curve(folder, run, key) for run in runs for key in ("loss", held)}
     if not any(lines.values()):
         return "", ""
+    took = {run.name: lanes.minutes(folder, run.stages[:-1]) or 0 for run in runs}
     buttons, panels, style = "", "", ""
     for axis, label, unit in _axes(found):
         drawn = ""
@@ -51,7 +52,7 @@ def curves(folder: Path, found: dict, asked: results.Question, runs: list[Run]) 
             series = []
             for name in found["variants"]:
                 of = [r for r in runs if r.variant == name]
-                each = [[(_at(found, name, axis, line) / unit, line[key]) for line in lines[r.name, key]
+                each = [[(_at(found, name, axis, line, took[r.name]) / unit, line[key]) for line in lines[r.name, key]
                          if axis != "seconds" or "minutes" in line] for r in of]  # fmt: skip
                 if each := [points for points in each if points]:
                     series.append((name, each, colour(found, name)))
@@ -74,8 +75,10 @@ def _axes(found: dict) -> list[tuple[str, str, float]]:
     return [(key, *labels[key]) for key, value in most.items() if value] + [("seconds", "seconds", 1)]
 
 
-def _at(found: dict, variant: str, axis: str, line: dict) -> float:
+def _at(found: dict, variant: str, axis: str, line: dict, before: float) -> float:
+    """before: minutes of the stages before, whose share of every budget the last one begins with."""
     if axis == "seconds":
-        return 60 * line["minutes"]
-    budget = found["variants"][variant]["budget"]
-    return line["step"] * (budget[axis] or np.nan) / budget["steps"]
+        return 60 * (before + line["minutes"])
+    budget, stages = found["variants"][variant]["budget"], found["variants"][variant]["before"]
+    spent, steps = (sum(one["budget"][key] or 0 for one in stages) for key in (axis, "steps"))
+    return spent + line["step"] * ((budget[axis] or np.nan) - spent) / (budget["steps"] - steps)

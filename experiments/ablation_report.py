@@ -42,7 +42,7 @@ def write(folder: Path, found: dict, asked: results.Question, solved: dict[str, 
 
 def environment(folder: Path, found: dict, runs: list[Run], command: str) -> dict:
     """-> the command, and of the runs every commit, version and machine that they name."""
-    paths = [folder / "runs" / run.name / "environment.json" for run in runs]
+    paths = [folder / "runs" / name / "environment.json" for run in runs for name, _ in run.stages]
     each = [json.loads(path.read_text()) for path in paths if path.is_file()]
     said = {name: list(dict.fromkeys(json.dumps(one.get(name)) for one in each)) for name in
             ("commit", "python", "packages", "devices", "cores")}  # fmt: skip
@@ -154,7 +154,9 @@ def budget_cells(one: dict) -> list[str]:
     work = [f"{b[key] / size:,.1f} {name}" for key in ("flops", "causal") for name, size in [plan.unit(b[key])]]
     counts = ["" if b[key] is None else f"{b[key]:,}" for key in ("text_tokens", "images")]
     own = " (it says this itself)" if one["fixed_by_itself"] else ""
-    return [f"{b['params']:,}", f"{b['steps']:,}", *work, *counts, f"{one['off']:+.2%}{own}"]
+    before = ", ".join(f"{stage['budget']['steps']:,}" for stage in one["before"])
+    steps = f"{b['steps']:,}" + (f" ({before} of them before)" if before else "")
+    return [f"{b['params']:,}", steps, *work, *counts, f"{one['off']:+.2%}{own}"]
 
 
 def markdown(found: dict) -> str:
@@ -169,9 +171,18 @@ def markdown(found: dict) -> str:
         *(["## Failed", "", *failed, ""] if failed else []),
         "## Pairs", "", plain(how(found)), "", *(f"- {line}" for line in verdicts(found)), "",
         "## Budgets", "", plain(budget_note(found)), "", *budgets, "",
-        f"## What differs from {found['reference']}", "", *differs, "",
+        f"## What differs from {found['reference']}", "", *differs, *(f"- {line}" for line in stages(found)), "",
         "## The ledger's row", "", ledger(found),
     ]) + "\n"  # fmt: skip
+
+
+def stages(found: dict) -> list[str]:
+    """-> a line for each stage before a variant's last: what it had otherwise."""
+    return [
+        f"{name}, stage {k}, beside its last: " + ", ".join(f"{key} {b!r}, not {a!r}" for key, (a, b) in
+                                                            stage["differs_in"].items())
+        for name, one in found["variants"].items() for k, stage in enumerate(one["before"], 1)
+    ]  # fmt: skip
 
 
 def plain(text: str) -> str:
@@ -278,14 +289,14 @@ def _differences(found: dict) -> str:
     reference = {key: one["differs_in"][key][0] for one in found["variants"].values() for key in one["differs_in"]}
     lines = [[key, *(one["differs_in"][key][1] if key in one["differs_in"] else reference[key]
                      for one in found["variants"].values())] for key in keys]  # fmt: skip
-    return _table(["key", *found["variants"]], lines) if keys else "<p>Nothing: the variants are the same.</p>"
+    out = _table(["key", *found["variants"]], lines) if keys else "<p>Nothing: the variants are the same.</p>"
+    return out + "".join(f"<p>{_(line)}</p>" for line in stages(found))
 
 
 def commands(made: dict, runs: list[Run]) -> str:
-    first = runs[0].name
-    config_file = f"experiments/from_json.py:WORKDIR/configs/{first}.json"
-    return (f"{made['command']}\n\n# one of its runs by itself\n"
-            f"python -m gpt4v_jax.train --config {config_file} --workdir WORKDIR/runs/{first}")  # fmt: skip
+    lines = [f"python -m gpt4v_jax.train --config experiments/from_json.py:WORKDIR/configs/{name}.json "
+             f"--workdir WORKDIR/runs/{name}" for name, _ in max(runs, key=lambda run: len(run.stages)).stages]
+    return "\n".join([made["command"], "", "# one of its runs by itself", *lines])
 
 
 def _made(made: dict) -> str:

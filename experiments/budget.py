@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.variants import BEFORE
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, plan, sharding, train
 from gpt4v_jax.interop import hf
@@ -46,9 +47,11 @@ class Solved:
 
     asked: config.Config  # as base and overrides say it
     run: config.Config
-    budget: Budget
+    budget: Budget  # of all its stages
     off: float  # its budget less the reference's, as a share of that
     own: bool = False  # it says itself what would be solved for, and stays so
+    before: tuple[config.Config, ...] = ()  # the stages before `run`
+    spent: tuple[Budget, ...] = ()  # of each of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,17 @@ def budget(run: config.Config, data: bool = True) -> Budget:
     return Budget(_params(run.model), run.steps, full, causal, run.steps * run.batch * run.model.context, text, images)
 
 
+def total(stages: list[Budget]) -> Budget:
+    """-> the budget of runs one after the other; parameters are the last one's."""
+
+    def add(name: str) -> int | None:
+        each = [getattr(one, name) for one in stages]
+        return None if None in each else sum(each)
+
+    names = [field.name for field in dataclasses.fields(Budget) if field.name != "params"]
+    return Budget(stages[-1].params, **{name: add(name) for name in names})
+
+
 @functools.lru_cache(maxsize=256)
 def _params(model: config.Model) -> int:
     return sum(flops.parameters(hf.abstract_params(model)).values())
@@ -88,6 +102,8 @@ _READ: dict[tuple, Rows] = {}  # variants that read the same are read once
 
 def read(run: config.Config) -> Rows:
     """Opens the run's data as training does, so that what is wrong with them is said before anything runs."""
+    if run.init_from.run == BEFORE:  # nothing is there yet to be read
+        run = dataclasses.replace(run, init_from=config.InitFrom())
     key = run.seed, run.data, run.eval, run.init_from, batch_lib.layout(run.model, run.data)
     if key not in _READ:
         _READ[key] = _rows(train.open_stream(run, Path("none"), sharding.make_mesh(config.Mesh()), resumes=False))
@@ -108,29 +124,38 @@ def _rows(stream: train.Stream) -> Rows:
 # ---- solving
 
 
-def solve(asked: dict[str, config.Config], match: str, reference: str, fixed: dict[str, bool],
+def solve(asked: dict[str, tuple[config.Config, ...]], match: str, reference: str, fixed: dict[str, bool],
           data: bool = True) -> dict[str, Solved]:  # fmt: skip
-    """-> {variant: as it is to run}. fixed: which variants say themselves what would be solved for.
+    """-> {variant: as it is to run}. asked: the stages of each, of which the last is solved for what those before it
+    leave. fixed: which variants say themselves what would be solved for.
 
     Raises InputError where a budget cannot come within LIMIT of the reference's, naming the nearest.
     """
     if match in ("text_tokens", "images") and not data:
         raise config.InputError(f"match={match!r} counts what is read, and this size reads no data: match flops")
-    first = budget(asked[reference], data)
+    first = total([budget(run, data) for run in asked[reference]])
     if match != "none" and not getattr(first, match):
         raise config.InputError(f"match={match!r}: {reference} has none of them; match something that it has")
     solved, wrong = {}, []
-    for name, run in asked.items():
-        own = fixed[name] and name != reference
+    for name, (*before, last) in asked.items():
+        own, spent, run = fixed[name] and name != reference, [budget(run, data) for run in before], last
         if match != "none" and not own and name != reference:
-            run = _nearest(run, match, getattr(first, match), data)
-        made = budget(run, data)
+            taken = sum(getattr(one, match) for one in spent) if match != "params" else 0
+            if taken >= getattr(first, match):
+                wrong.append(f"{name}: its stages before the last take {taken / getattr(first, match):.0%} of the "
+                             f"{match} of {reference} already: give them fewer steps")  # fmt: skip
+                continue
+            if match == "params" and before:
+                raise config.InputError(f"match='params' changes the model, whose weights {name} has from the stage "
+                                        "before: match flops, or steps")  # fmt: skip
+            run = _nearest(run, match, getattr(first, match) - taken, data)
+        made = total([*spent, budget(run, data)])
         off = 0.0 if match == "none" else getattr(made, match) / getattr(first, match) - 1
         if abs(off) > LIMIT and not own:
             key = MATCH[match]
             value = run.steps if key == "steps" else run.model.backbone.width
             wrong.append(f"{name}: {key}={value:,} is the nearest, and its {match} are {off:+.1%} of {reference}'s")
-        solved[name] = Solved(asked[name], run, made, off, own)
+        solved[name] = Solved(last, run, made, off, own, tuple(before), tuple(spent))
     if wrong:
         raise config.InputError("\n  ".join([
             f"match={match!r} cannot be met within {LIMIT:.0%}: give the base more steps or width, or match otherwise",

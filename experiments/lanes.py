@@ -1,7 +1,8 @@
 """The runs of a sweep: one process each, several at a time, each on cores of its own; what is done is not done again.
 
 A run's folder is runs/VARIANT-SEED, its config configs/VARIANT-SEED.json, what it said logs/VARIANT-SEED.txt, and
-state/VARIANT-SEED.json says that it is done or why it failed. A failed one is tried again by the next sweep.
+state/VARIANT-SEED.json says that it is done or why it failed. A failed one is tried again by the next sweep. Where a
+variant has stages before, those are runs/VARIANT-SEED.stage1, .stage2, ..., each of which begins with the one before.
 """
 
 import dataclasses
@@ -32,12 +33,19 @@ class Run:
     variant: str
     config: config.Config
     work: int  # its FLOPs, by which the time that is left is guessed
+    before: tuple[config.Config, ...] = ()  # the stages before `config`
     state: str = "waiting"
     error: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.variant}-{self.config.seed}"
+
+    @property
+    def stages(self) -> list[tuple[str, config.Config]]:
+        """-> (name, config) of each in their order; the last has the run's name."""
+        before = [(f"{self.name}.stage{k}", made) for k, made in enumerate(self.before, 1)]
+        return [*before, (self.name, self.config)]
 
 
 Execute = Callable[[list[str], Path], int]  # (what to run, where its output goes) -> its exit status
@@ -112,14 +120,17 @@ class Lanes:
                 note(self._folder, run)
 
     def _one(self, run: Run) -> None:
-        folder, log = self._folder / "runs" / run.name, self._folder / "logs" / f"{run.name}.txt"
-        file = self._folder / "configs" / f"{run.name}.json"
-        workdir.write(file, config.to_json(run.config) + "\n")
+        log, folder, commands = self._folder / "logs" / f"{run.name}.txt", None, []
         log.parent.mkdir(exist_ok=True)
-        train = ["train", f"--config={HERE / 'from_json.py'}:{file.resolve()}", f"--workdir={folder}"]
-        evaluate = ["evaluate", f"--workdir={folder}", *self._told]
-        for command, state in ((train, "training"), (evaluate, "evaluating")):
-            if state == "training" and trained(folder, run.config) or self.stopping.is_set():
+        for name, made in run.stages:
+            made = begins_with(made, folder) if folder else made
+            folder, file = self._folder / "runs" / name, self._folder / "configs" / f"{name}.json"
+            workdir.write(file, config.to_json(made) + "\n")
+            if not trained(folder, made):
+                line = ["train", f"--config={HERE / 'from_json.py'}:{file.resolve()}", f"--workdir={folder}"]
+                commands.append((line, "training"))
+        for command, state in (*commands, (["evaluate", f"--workdir={folder}", *self._told], "evaluating")):
+            if self.stopping.is_set():
                 continue
             run.state = state
             status = self._execute([sys.executable, "-m", f"gpt4v_jax.{command[0]}", *command[1:]], log)
@@ -159,6 +170,15 @@ def pinned(jobs: int) -> list[set[int]]:
     return [set(cores[k * share : (k + 1) * share]) for k in range(jobs)] if share else []
 
 
+def begins_with(run: config.Config, folder: Path) -> config.Config:
+    """-> the run with the weights of the one in `folder`, and its tokenizer, by whose tokens they were learnt."""
+    there = folder.resolve()
+    return dataclasses.replace(
+        run, init_from=dataclasses.replace(run.init_from, run=str(there)),
+        data=dataclasses.replace(run.data, tokenizer=str(there / "tokenizer.json")),
+    )  # fmt: skip
+
+
 def trained(folder: Path, run: config.Config) -> bool:
     """Whether nothing of a run's training is left to do, its last evaluation included."""
     if run.steps not in steps.finished(folder / "checkpoints"):
@@ -181,14 +201,18 @@ def last_line(folder: Path, name: str) -> dict:
     return next((line for line in reversed(metrics.read(folder / "runs" / name)) if "loss" in line), {})
 
 
-def minutes(folder: Path, name: str) -> float | None:
-    return next((x["minutes"] for x in reversed(metrics.read(folder / "runs" / name)) if "minutes" in x), None)
+def minutes(folder: Path, stages: list[tuple[str, config.Config]]) -> float | None:
+    """-> of all of them together; None where nothing has begun."""
+    lines = [reversed(metrics.read(folder / "runs" / name)) for name, _ in stages]
+    each = [next((x["minutes"] for x in of if "minutes" in x), None) for of in lines]
+    return sum(x for x in each if x is not None) if any(x is not None for x in each) else None
 
 
 def _done(folder: Path, run: Run) -> float:
     if run.state in ("done", "failed", "evaluating"):
         return 1.0
-    return last_line(folder, run.name).get("step", 0) / run.config.steps
+    steps_ = [(last_line(folder, name).get("step", 0), made.steps) for name, made in run.stages]
+    return sum(done for done, _ in steps_) / sum(all_ for _, all_ in steps_)
 
 
 def _last_words(log: Path, status: int, folder: Path) -> str:

@@ -135,6 +135,7 @@ def _variant(found: dict[int, Found | None], one: Solved, reference: Solved) -> 
     out = {
         "differs_in": {key: [a, b] for key, (a, b) in config.differences(reference.run, one.run).items()},
         "budget": dataclasses.asdict(one.budget), "off": one.off, "fixed_by_itself": one.own,
+        "before": [_stage(run, spent, one.run) for run, spent in zip(one.before, one.spent, strict=True)],
         "seeds": {str(seed): {"step": f.step, "training_loss": f.loss, **f.values} for seed, f in seeds.items()},
     }  # fmt: skip
     if seeds:
@@ -145,6 +146,12 @@ def _variant(found: dict[int, Found | None], one: Solved, reference: Solved) -> 
             kind: float(np.mean([f.kinds[kind][0] / f.kinds[kind][1] for f in seeds.values()])) for kind in kinds
         }
     return out
+
+
+def _stage(run: config.Config, spent, last: config.Config) -> dict[str, Any]:
+    """-> what a stage before was, beside the last one."""
+    differs = {key: [a, b] for key, (a, b) in config.differences(last, run).items()}
+    return {"differs_in": differs, "budget": dataclasses.asdict(spent)}
 
 
 def _pair(one: str, other: str, found, whose, asked: Question) -> dict[str, Any] | None:
@@ -179,7 +186,8 @@ def curve(folder: Path, run: lanes.Run, name: str) -> list[dict]:
 
 
 def seconds(folder: Path, runs: list[lanes.Run]) -> dict[str, dict]:
-    """-> {run: {"minutes" of training, of all processes that worked on it; "steps" that are done}}."""
-    return {r.name: {"minutes": lanes.minutes(folder, r.name),
-                     "steps": max(steps.finished(folder / "runs" / r.name / "checkpoints"), default=0)}
+    """-> {run: {"minutes" of training, of all processes that worked on it; "steps" that are done}}, of all stages."""
+    return {r.name: {"minutes": lanes.minutes(folder, r.stages),
+                     "steps": sum(max(steps.finished(folder / "runs" / name / "checkpoints"), default=0)
+                                  for name, _ in r.stages)}
             for r in runs}  # fmt: skip

@@ -117,16 +117,20 @@ def _last(sweep: Sweep) -> dict[str, Any]:
     return SMOKE | dict(sweep.smoke) if _SMOKE.value else {}
 
 
-def solve(sweep: Sweep, asked: dict[str, config.Config], data: bool) -> dict[str, budget.Solved]:
+def solve(sweep: Sweep, asked: dict[str, tuple[config.Config, ...]], data: bool) -> dict[str, budget.Solved]:
     key = budget.MATCH[sweep.match]
-    fixed = {name: key in variants.flat(overrides) for name, overrides in sweep.variants.items()}
+    fixed = {name: key in variants.flat(variants.stages(overrides)[-1]) for name, overrides in sweep.variants.items()}
     return budget.solve(asked, sweep.match, sweep.first, fixed, data)
 
 
 def runs_of(sweep: Sweep, solved: dict[str, budget.Solved]) -> list[Run]:
     """One seed of every variant, then the next: what is there early can be compared."""
+
+    def seeded(run: config.Config, k: int) -> config.Config:
+        return dataclasses.replace(run, seed=run.seed + k)
+
     return [
-        Run(name, dataclasses.replace(one.run, seed=one.run.seed + k), one.budget.flops)
+        Run(name, seeded(one.run, k), one.budget.flops, tuple(seeded(run, k) for run in one.before))
         for k in range(sweep.seeds) for name, one in solved.items()
     ]  # fmt: skip
 
@@ -148,7 +152,7 @@ def save(folder: Path, about: dict, solved: dict[str, budget.Solved]) -> None:
     workdir.write(folder / "sweep.json", json.dumps(about | {"variants": made}, indent=1) + "\n")
 
 
-def load(folder: Path, about: dict, asked: dict[str, config.Config]) -> dict[str, budget.Solved]:
+def load(folder: Path, about: dict, asked: dict[str, tuple[config.Config, ...]]) -> dict[str, budget.Solved]:
     """-> the variants as the folder's sweep settled them; {} where it holds none.
 
     Raises InputError where it holds another sweep, naming every difference.
@@ -167,8 +171,14 @@ def load(folder: Path, about: dict, asked: dict[str, config.Config]) -> dict[str
     for name in sorted(solved.keys() ^ asked.keys()):
         other.append(f"variant {name}: only {'there' if name in solved else 'here'}")
     for name in [name for name in asked if name in solved]:
-        found = config.differences(solved[name].asked, asked[name]).items()
-        other += [f"variant {name}: {key} is {a!r} there, {b!r} here" for key, (a, b) in found]
+        stages = [(*solved[name].before, solved[name].asked), asked[name]]
+        if len(stages[0]) != len(stages[1]):
+            other.append(f"variant {name}: {len(stages[0])} stages there, {len(stages[1])} here")
+            continue
+        for k, pair in enumerate(zip(*stages, strict=True), 1):
+            of = f"{name}, stage {k}" if len(asked[name]) > 1 else name
+            found = config.differences(*pair).items()
+            other += [f"variant {of}: {key} is {a!r} there, {b!r} here" for key, (a, b) in found]
     if other:
         raise config.InputError("\n  ".join([f"--workdir={folder} holds another sweep; use another folder:", *other]))
     return solved
@@ -176,6 +186,8 @@ def load(folder: Path, about: dict, asked: dict[str, config.Config]) -> dict[str
 
 def _solved(values: dict) -> budget.Solved:
     made = {name: config.parse(values[name]) for name in ("asked", "run")}
+    made["before"] = tuple(map(config.parse, values["before"]))
+    made["spent"] = tuple(budget.Budget(**one) for one in values["spent"])
     return budget.Solved(**values | made | {"budget": budget.Budget(**values["budget"])})
 
 
@@ -195,11 +207,15 @@ def plan_table(sweep: Sweep, solved: dict[str, budget.Solved]) -> rich.table.Tab
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("changed to match")
     for name, one in solved.items():
-        b = one.budget
-        counts = ["not read" if n is None else f"{n:,}" for n in (b.text_tokens, b.images)]
-        out.add_row(name, f"{b.params:,}", f"{b.steps:,}", flops(b.flops), flops(b.causal), *counts, f"{one.off:+.2%}",
-                    changed(one))  # fmt: skip
+        out.add_row(name, *counted(one.budget), f"{one.off:+.2%}", changed(one))
+        for k, spent in enumerate(one.spent, 1):
+            out.add_row(f"  stage {k} of it", *counted(spent), "", "")
     return out
+
+
+def counted(b: budget.Budget) -> list[str]:
+    counts = ["not read" if n is None else f"{n:,}" for n in (b.text_tokens, b.images)]
+    return [f"{b.params:,}", f"{b.steps:,}", flops(b.flops), flops(b.causal), *counts]
 
 
 def changed(one: budget.Solved) -> str:
@@ -258,8 +274,11 @@ def table(lanes: Lanes, folder: Path) -> rich.table.Table:
 
 def row(one: Run, folder: Path) -> list[str]:
     """-> name, state, step, loss, minutes, error."""
-    line, took = last_line(folder, one.name), minutes(folder, one.name)
-    step = f"{line['step']:,} / {one.config.steps:,}" if line else ""
+    lines = {name: last_line(folder, name) for name, _ in one.stages}
+    k = max((k for k, line in enumerate(lines.values()) if line), default=0)  # the stage that it is at
+    line, took = list(lines.values())[k], minutes(folder, one.stages)
+    step = f"{line['step']:,} / {one.stages[k][1].steps:,}" if line else ""
+    step += f" of stage {k + 1}" if line and k < len(one.before) else ""
     return [one.name, one.state, step, f"loss {line['loss']:.4f}" if line else "",
             f"{took:.1f} minutes" if took else "", one.error]  # fmt: skip
 

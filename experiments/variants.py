@@ -1,4 +1,7 @@
-"""What the variants of a sweep are: a base config and dotted overrides, all of them checked before anything runs."""
+"""What the variants of a sweep are: a base config and dotted overrides, all of them checked before anything runs.
+
+A variant's key "before" is not the config's: it holds the overrides of a run before it, or of several in their order.
+"""
 
 import importlib.util
 import re
@@ -11,6 +14,8 @@ from gpt4v_jax import config
 
 ROOT = Path(__file__).parent.parent
 NAME = r"[A-Za-z0-9][\w.+]*"  # of a variant: it names folders, and "-" stands before the seed
+BEFORE = "the stage before"  # in the place of its workdir, which is known when it runs
+UNSEEN = {"eval.evaluators": (), "eval.best": ""}  # a stage before is not evaluated: its last checkpoint goes on
 SINGLE = re.compile(r"unknown config key|must be (of type|a list of|a section)")  # said of one key by itself
 
 
@@ -48,9 +53,17 @@ def applied(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
     return out
 
 
+def stages(overrides: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A variant's overrides -> those of each of its runs, the last of which is scored."""
+    before = overrides.get("before", ())
+    last = {key: value for key, value in overrides.items() if key != "before"}
+    return [*([before] if isinstance(before, Mapping) else before), last]
+
+
 def configs(path: str, variants: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any],
-            last: Mapping[str, Any]) -> dict[str, config.Config]:  # fmt: skip
-    """-> {variant: its config}: the base, then what all have in common, then the variant's, then what stands last.
+            last: Mapping[str, Any]) -> dict[str, tuple[config.Config, ...]]:  # fmt: skip
+    """-> {variant: the config of each of its stages}: the base, then what all have in common, then the stage's, then
+    what stands last. Each stage but the first has init_from.run=BEFORE.
 
     Raises InputError that names every bad key and value of all of them.
     """
@@ -60,15 +73,20 @@ def configs(path: str, variants: Mapping[str, Mapping[str, Any]], common: Mappin
     for name, overrides in variants.items():
         if not re.fullmatch(NAME, name):
             wrong.append(f"{name!r} is no name of a variant: use letters, digits and _ . +")
-        given = {"common": flat(common), name: flat(overrides), "last": flat(last)}
-        for of, overrides in given.items():
-            for key in list(overrides):
-                if error := _alone(key, overrides[key]):
-                    wrong.append(f"{of}: {error}")
-                    del overrides[key]
-        joint = given["common"] | given[name] | given["last"]
-        made[name], errors = _parsed(values, joint)
-        wrong += [f"{name}: {error}" for error in errors]
+        made[name] = ()
+        for k, own in enumerate(stages(overrides), 1):
+            called = f"{name}, stage {k}" if "before" in overrides else name
+            given = {"common": flat(common), called: flat(own), "last": flat(last)}
+            for of, keys in given.items():
+                for key in list(keys):
+                    if error := _alone(key, keys[key]):
+                        wrong.append(f"{of}: {error}")
+                        del keys[key]
+            unseen = UNSEEN if k < len(stages(overrides)) else {}
+            joint = given["common"] | unseen | given[called] | given["last"]
+            run, errors = _parsed(values, joint | ({"init_from.run": BEFORE} if k > 1 else {}))
+            made[name] += (run,)
+            wrong += [f"{called}: {error}" for error in errors]
     if wrong:
         raise config.InputError("\n  ".join(["the sweep's overrides:", *dict.fromkeys(wrong)]))
     return made

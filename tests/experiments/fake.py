@@ -13,7 +13,7 @@ from absl import flags
 from experiments import lanes, sweep
 from gpt4v_jax import config
 from gpt4v_jax.eval import common
-from gpt4v_jax.training import checksums
+from gpt4v_jax.training import checksums, steps
 
 DOC = "Does a wider model do better?   python -m tests.experiments.fake\n\nMore words."
 BASE = "configs/tiny.py"
@@ -50,6 +50,9 @@ class Runner:
         return 0
 
     def _train(self, folder: Path, run: config.Config) -> None:
+        if run.init_from.run:  # as training has it: the stage before is whole, and its tokens are this one's
+            before = Path(run.init_from.run)
+            assert steps.finished(before / "checkpoints") and run.data.tokenizer == str(before / "tokenizer.json")
         at = folder / "checkpoints" / str(run.steps)
         at.mkdir(parents=True)
         (at / checksums.NAME).touch()

@@ -39,7 +39,7 @@ def test_every_match(asked, match):
     given = asked(overrides)
     solved = budget.solve(given, match, "small", dict.fromkeys(given, False))
     first = solved["small"]
-    assert first.run == first.asked == given["small"] and first.off == 0
+    assert (first.run,) == (first.asked,) == given["small"] and first.off == 0
     for name, one in solved.items():
         if match == "none":
             assert one.run == one.asked
@@ -58,7 +58,7 @@ def test_every_match(asked, match):
 
 def test_counts_are_those_of_the_batches(asked):
     """Of rows in the first epoch exactly; a picture is counted once however many patches it has."""
-    run = asked({"a": {"model.image.patch": 6, "steps": 3}})["a"]
+    [run] = asked({"a": {"model.image.patch": 6, "steps": 3}})["a"]
     found = budget.budget(run)
     stream = train.open_stream(run, None, sharding.make_mesh(config.Mesh()), resumes=False)
     text = images = 0
@@ -78,21 +78,46 @@ def test_what_cannot_be_met(asked):
         budget.solve(given, "flops", "small", dict.fromkeys(given, False))
     said = str(error.value)
     assert "cannot be met within 2%" in said
-    for name, run in list(given.items())[1:]:
+    for name, (run,) in list(given.items())[1:]:
         steps = {"wide": 2, "vast": 1}[name]
-        off = budget.budget(dataclasses.replace(run, steps=steps)).flops / budget.budget(given["small"]).flops - 1
+        off = budget.budget(dataclasses.replace(run, steps=steps)).flops / budget.budget(*given["small"]).flops - 1
         assert f"{name}: steps={steps:,} is the nearest, and its flops are {off:+.1%} of small's" in said, said
     kept = budget.solve(given, "flops", "small", {"small": False, "wide": True, "vast": True})
-    assert kept["vast"].own and kept["vast"].run == given["vast"] and kept["vast"].off > 1
+    assert kept["vast"].own and (kept["vast"].run,) == given["vast"] and kept["vast"].off > 1
     with pytest.raises(config.InputError, match="this size reads no data"):
         budget.solve(given, "images", "small", dict.fromkeys(given, False), data=False)
-    found = budget.budget(given["small"], data=False)
+    found = budget.budget(*given["small"], data=False)
     assert (found.text_tokens, found.images) == (None, None) and found.flops > 0
 
 
+@pytest.mark.parametrize("match", ["flops", "text_tokens", "images", "steps"])
+def test_stages_share_a_budget(asked, match):
+    """Whatever is matched is that of all stages; the last one's steps are solved for what is left."""
+    align = {"steps": 100, "data.turns": 0}
+    given = asked({"plain": {}, "staged": {"before": ({"steps": 50, "batch": 2}, align), "data.turns": 1}})
+    solved = budget.solve(given, match, "plain", dict.fromkeys(given, False))
+    one, target = solved["staged"], getattr(solved["plain"].budget, match)
+    each = [budget.budget(run) for run in (*one.before, dataclasses.replace(one.run, init_from=config.InitFrom()))]
+    assert one.before == given["staged"][:2] and list(one.spent) == each[:2] and one.run.steps != 300
+    assert getattr(one.budget, match) == sum(getattr(b, match) for b in each) == pytest.approx(target, rel=0.02)
+    assert one.budget.flops == sum(b.flops for b in each) and one.budget.params == each[-1].params
+    assert one.off == getattr(one.budget, match) / target - 1
+
+
+def test_stages_that_take_too_much(asked):
+    given = asked({"plain": {}, "staged": {"before": {"steps": 310}}})
+    fixed = dict.fromkeys(given, False)
+    with pytest.raises(config.InputError, match="staged: its stages before the last take 103% of the flops of plain"):
+        budget.solve(given, "flops", "plain", fixed)
+    with pytest.raises(config.InputError, match="match='params' changes the model"):
+        budget.solve(given, "params", "plain", fixed)
+    kept = budget.solve(given, "flops", "plain", fixed | {"staged": True})["staged"]
+    assert kept.own and kept.run == given["staged"][1] and kept.off == pytest.approx(310 / 300)
+
+
 def test_width_keeps_what_was_said_of_heads_and_hidden(asked):
-    run = asked({"a": {"model.backbone": {"head_dim": 10, "hidden": 48}}})["a"]
+    [run] = asked({"a": {"model.backbone": {"head_dim": 10, "hidden": 48}}})["a"]
     wide = budget.with_width(run, 24).model.backbone
     assert (wide.width, wide.head_dim, wide.hidden) == (24, 10, 48)
-    wide = budget.with_width(asked({"a": {}})["a"], 24).model.backbone
+    wide = budget.with_width(*asked({"a": {}})["a"], 24).model.backbone
     assert (wide.width, wide.head_dim, wide.hidden) == (24, 12, 96)

@@ -3,14 +3,21 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from experiments import results, sweep, variants
+from experiments import fusion_frozen, results, sweep, variants
 from experiments.variants import ROOT
+from gpt4v_jax.batch import layout
+from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.plan import with_vocabulary
+from gpt4v_jax.sharding import path_name
+from gpt4v_jax.training import step
 
 FILES = Path(sweep.__file__).parent.glob("*.py")
 NAMES = sorted(path.stem for path in FILES if "sweep.main(__doc__" in path.read_text())
@@ -25,6 +32,18 @@ def test_every_size_parses(name):
             made = variants.configs(one.base, one.variants, one.common, last)
             assert len(set(made.values())) == len(made) > 1, f"{size}: variants that are the same"
         assert one.first in made and results.question(one.metric, one.split, one.baselines)
+
+
+def test_what_is_frozen_is_what_was_trained_before():
+    """Of every kind: what it adds to the blocks of the language model moves, also under names of the backbone."""
+    one = fusion_frozen.SIZES["toy"]
+    for name, (before, last) in variants.configs(one.base, one.variants, one.common, sweep.SMOKE | one.smoke).items():
+        there, here = (
+            jax.tree_util.tree_leaves_with_path(step.abstract_params(GPT4V(run.model, layout(run.model, run.data))))
+            for run in (with_vocabulary(before)[0], with_vocabulary(last)[0])
+        )
+        frozen = {p for p in (path_name(path) for path, _ in here) if re.search(last.optim.frozen or "$.", p)}
+        assert frozen == ({path_name(path) for path, _ in there} if "trained" not in name else set()), name
 
 
 @pytest.mark.soak

@@ -1,5 +1,6 @@
 """A sweep from its flags to its files, with runs that are made up; make soak has real ones that are killed."""
 
+import functools
 import html
 import json
 import os
@@ -81,6 +82,64 @@ def test_a_sweep_goes_on_where_it_was(ran, tmp_path):
         if path.name not in NOT_COMPARED and "logs" not in path.parts:
             assert (cut / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
     assert {Path("result.json"), Path("result.md"), Path("report.html")} <= files
+
+
+STAGED = {"plain": {}, "staged": {"before": ({"data.turns": 0, "steps": 60}, {"steps": 30}), "data.turns": 1}}
+RUNS = ["staged-0.stage1", "staged-0.stage2", "staged-0"]
+
+
+def test_stages(ran, tmp_path, capsys):
+    """Each stage is a run that begins with the one before; only the last is scored; the budget is that of all."""
+    runner = fake.Runner(60)
+    assert ran(tmp_path, runner=runner, variants=STAGED, match="flops", common={"steps": 300}, seeds=1) == 0
+    assert runner.said[2:] == [*(("train", name) for name in RUNS), ("evaluate", "staged-0")]
+    first, second, last = (config.from_json((tmp_path / "configs" / f"{name}.json").read_text()) for name in RUNS)
+    at = [str(tmp_path.resolve() / "runs" / name) for name in RUNS]
+    assert [run.init_from.run for run in (first, second, last)] == ["", *at[:2]]
+    assert (first.steps, first.data.turns, second.steps, last.data.turns) == (60, 0, 30, 1)
+    found = json.loads((tmp_path / "result.json").read_text())
+    plain, staged = found["variants"].values()
+    assert plain["before"] == [] and [one["budget"]["steps"] for one in staged["before"]] == [60, 30]
+    assert staged["budget"]["steps"] == 90 + last.steps == pytest.approx(300, rel=0.02)
+    assert staged["before"][0]["differs_in"]["data.turns"] == [1, 0]
+    assert json.loads((tmp_path / "seconds.json").read_text())["staged-0"]["steps"] == staged["budget"]["steps"]
+    for text in (capsys.readouterr().out, (tmp_path / "result.md").read_text(), (tmp_path / "report.html").read_text()):
+        assert "stage 1" in text and "stage 2" in text and "stage 3" not in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(f"{staged['budget']['steps']} (60, 30 of them before)") == 1
+    assert str(tmp_path) not in (tmp_path / "result.md").read_text() + (tmp_path / "result.json").read_text()
+
+
+def test_a_stage_that_is_done_is_not_done_again(ran, tmp_path, capsys):
+    more = {"variants": STAGED, "match": "flops", "common": {"steps": 300}}
+    assert ran(tmp_path / "whole", **more) == 0
+    runner, cut = fake.Runner(60), tmp_path / "cut"
+    for at in [("train", RUNS[1]), ("train", RUNS[2]), ("evaluate", RUNS[2])]:
+        runner.fails[at] = -9
+    for k in range(3):
+        assert ran(cut, runner=runner, **more) == 1
+        assert list(json.loads((cut / "result.json").read_text())["errors"]) == ["staged-0"], k
+    assert ran(cut, runner=runner, **more) == 0
+    assert [runner.said.count(("train", name)) for name in RUNS] == [1, 2, 2]
+    assert runner.said.count(("train", "staged-1")) == 1
+    for name in ("result.json", "result.md", "sweep.json"):
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    other = {"plain": {"before": {"steps": 3}}, "staged": {"before": ({"steps": 60}, {"steps": 31}), "data.turns": 1}}
+    capsys.readouterr()
+    assert ran(cut, **more | {"variants": other}) == 2
+    said = capsys.readouterr().err
+    for text in ("variant plain: 1 stages there, 2 here", "variant staged, stage 1: data.turns is 0 there, 2 here",
+                 "variant staged, stage 2: steps is 30 there, 31 here"):  # fmt: skip
+        assert text in said
+
+
+def test_curves_begin_where_the_stages_before_end():
+    def budget(steps, images):
+        return {"budget": {"steps": steps, "images": images, "text_tokens": 0}}
+
+    found = {"variants": {"a": budget(100, 40) | {"before": [budget(20, 0), budget(30, 15)]}}}
+    at = functools.partial(ablation_plots._at, found, "a", line={"step": 10, "minutes": 2.0}, before=7.0)
+    assert (at(axis="steps"), at(axis="images"), at(axis="seconds")) == (50 + 10, 15 + 10 * 25 / 50, 60 * 9)
 
 
 def test_a_failing_variant_does_not_stop_the_others(ran, tmp_path, capsys):

@@ -17,13 +17,35 @@ def test_overrides():
         {"steps": 5, "eval.evaluators": ["questions", "permuted"]},
         {"batch": 2},
     )
-    plain, other = made["plain"], made["other"]
+    [plain], [other] = made["plain"], made["other"]
     assert (plain.steps, plain.batch, plain.eval.evaluators) == (5, 2, ("questions", "permuted"))
     assert plain.model.backbone.width == 16 and plain.model.image.encoder is None
     assert other.steps == 7 and other.model.image.encoder == config.Backbone(depth=1, width=8, heads=2)
-    assert variants.configs("configs/digits_world.py:fusion=prefix_lm", {"a": {}}, {}, {})["a"].model.fusion.kind == (
-        "prefix_lm"
-    )
+    [run] = variants.configs("configs/digits_world.py:fusion=prefix_lm", {"a": {}}, {}, {})["a"]
+    assert run.model.fusion.kind == "prefix_lm"
+
+
+def test_stages():
+    """Each has the base and the common overrides, none of the others'; those before the last are not evaluated."""
+    common = {"steps": 9, "batch": 3, "eval.evaluators": ("questions",), "eval.best": "questions/accuracy"}
+    align = {"steps": 4, "optim.frozen": "^(?!image/)"}
+    made = variants.configs(
+        BASE,
+        {"one": {"before": align, "data.turns": 1}, "two": {"before": ({"data.turns": 0}, align)}, "none": {}},
+        common, {"optim.warmup": 1},
+    )  # fmt: skip
+    assert [len(stages) for stages in made.values()] == [2, 3, 1]
+    for stages in made.values():
+        *before, last = stages
+        assert [run.init_from.run for run in stages] == [""] + [variants.BEFORE] * len(before)
+        assert all(run.batch == 3 and run.optim.warmup == 1 for run in stages)
+        assert all(run.eval.evaluators == () and not run.eval.best for run in before)
+        assert last.eval.best == "questions/accuracy" and last.steps == 9 and not last.optim.frozen
+    before, last = made["one"]
+    assert (before.steps, before.data.turns, last.data.turns) == (4, 2, 1) and before.optim.frozen
+    assert [run.data.turns for run in made["two"]] == [0, 2, 2] and [run.steps for run in made["two"]] == [9, 4, 9]
+    with pytest.raises(config.InputError, match="one, stage 1: unknown config key config.stepz"):
+        variants.configs(BASE, {"one": {"before": {"stepz": 1}}}, {}, {})
 
 
 def test_everything_that_is_wrong_is_said_at_once():
@@ -53,7 +75,7 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 
 def test_a_config_comes_back_from_its_file(tmp_path):
-    run = variants.configs(BASE, {"a": {"model.image.encoder": {"depth": 1, "width": 8, "heads": 2}}}, {}, {})["a"]
+    [run] = variants.configs(BASE, {"a": {"model.image.encoder": {"depth": 1, "width": 8, "heads": 2}}}, {}, {})["a"]
     path = tmp_path / "run.json"
     path.write_text(config.to_json(run))
     assert config.from_flag(from_json.get_config(str(path))) == run

@@ -25,11 +25,11 @@ DATASETS = {
 }
 
 
-TEXTS = ("poetry", "tiny_shakespeare")  # plain texts; the others are conversations
+TEXTS = ("poetry", "tiny_shakespeare", "digits_world/plain")  # plain texts; the others are conversations
 
 
 def is_text(name: str) -> bool:
-    return name.partition("/")[0] in TEXTS
+    return name in TEXTS or name.partition("/")[0] in TEXTS
 
 
 def builder_class(name: str) -> type:

@@ -355,11 +355,17 @@ def records(split: str, number: int, seed: int = 0) -> Iterator[dict]:
         }
 
 
+def plain_text(record: dict) -> str:
+    """-> a caption, and below it each question with its answer, which can be had from the caption alone."""
+    return "\n".join([record["captions"][0], *(f"{q['question']} {q['answer']}" for q in record["questions"])]) + "\n"
+
+
 @dataclasses.dataclass
 class DigitsWorldConfig(tfds.core.BuilderConfig):
-    """Scenes in each split, with their pictures or in words alone."""
+    """Scenes in each split, with their pictures or in words alone, or as plain text."""
 
     pictures: bool = True
+    plain: bool = False
     train: int = 12_000
     validation: int = 400
     test: int = 600
@@ -375,19 +381,22 @@ class DigitsWorld(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         DigitsWorldConfig(name="small", description="a few scenes, for tests", train=64, validation=16, test=32,
                           compositional=32),
         DigitsWorldConfig(name="text", description="the default's scenes in words alone", pictures=False),
+        DigitsWorldConfig(name="plain", description="the same, as a plain text each: a caption, questions, answers",
+                          pictures=False, plain=True),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         text = tfds.features.Text
         thing = {"name": text(), "colour": text(), "row": np.int32, "column": np.int32, "scan": np.int32}
         image = tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png")
+        features = ({"image": image} if self.builder_config.pictures else {}) | {
+            "captions": tfds.features.Sequence(text()),
+            "objects": tfds.features.Sequence(thing),
+            "questions": tfds.features.Sequence({"kind": text(), "question": text(), "answer": text()}),
+        }
         return self.dataset_info_from_configs(
             description="Small scenes of handwritten digits and drawn shapes, with captions and questions.",
-            features=tfds.features.FeaturesDict(({"image": image} if self.builder_config.pictures else {}) | {
-                "captions": tfds.features.Sequence(text()),
-                "objects": tfds.features.Sequence(thing),
-                "questions": tfds.features.Sequence({"kind": text(), "question": text(), "answer": text()}),
-            }),
+            features=tfds.features.FeaturesDict({"text": text()} if self.builder_config.plain else features),
             disable_shuffling=True,  # record i is scene i; the first ones alone are balanced, too
         )
 
@@ -398,4 +407,4 @@ class DigitsWorld(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for number, record in enumerate(records(split, getattr(self.builder_config, split))):
             if not self.builder_config.pictures:
                 del record["image"]
-            yield number, record
+            yield number, {"text": plain_text(record)} if self.builder_config.plain else record

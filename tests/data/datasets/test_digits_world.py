@@ -77,6 +77,16 @@ def test_scenes_in_words_alone(tmp_path):
     assert not next(c for c in digits_world.DigitsWorld.BUILDER_CONFIGS if c.name == "text").pictures
 
 
+def test_plain_text(records):
+    """A caption and every question with its answer, a line each; and it is known as a text."""
+    record = records["train"][0]
+    lines = digits_world.plain_text(record).splitlines()
+    assert lines == [record["captions"][0], *(f"{q['question']} {q['answer']}" for q in record["questions"])]
+    assert len(lines) > 3 and datasets.is_text("digits_world/plain") and not datasets.is_text("digits_world/text")
+    plain = next(c for c in digits_world.DigitsWorld.BUILDER_CONFIGS if c.name == "plain")
+    assert plain.plain and not plain.pictures
+
+
 # ---- the scenes
 
 

@@ -1,0 +1,36 @@
+"""What experiments on digits world have in common: how long a run of each size is, how large its model, what --smoke
+makes smaller. A file's own overrides go over these."""
+
+from typing import Any
+
+from gpt4v_jax.model import presets
+
+BASE = "configs/digits_world.py"
+TOY = {"steps": 1200, "log_every": 50, "save_every": 300, "eval.every": 300, "eval.evaluators": ("questions",)}
+SMALL = {
+    "steps": 20_000, "batch": 64, "log_every": 100, "save_every": 1000, "eval.every": 2000, "compute.dtype": "bfloat16",
+    "model.backbone.depth": 8, "model.backbone.width": 384, "model.backbone.heads": 6, "optim.lr": 2e-3,
+    "optim.warmup": 500, "eval.evaluators": ("questions",),
+}  # fmt: skip
+TINY = {"model.backbone.depth": 2, "model.backbone.width": 16, "model.backbone.heads": 2}  # --smoke of other data
+SMOKE = {"data.name": "digits_world/small", **TINY}
+# PaliGemma's first stage: SigLIP So400m, Gemma 2B, 256 patches of a picture and 128 tokens of text, 1e9 examples,
+# one a row. How many rows a step has is ours: FLOPs are those of rows x steps.
+PALIGEMMA = {
+    "model": {**presets.MODELS["gemma-2b"], "vocab": 257_152, "context": 384, "embed_norm": False},
+    "model.image": {**presets.IMAGES["siglip-image-so400m/14-224"], "pool": "none", "patch_norm": False},
+    "data.image.items": 1, "batch": 8192, "steps": 10**9 // 8192, "compute.dtype": "bfloat16",
+}  # fmt: skip
+
+
+def encoder(depth: int, width: int, heads: int) -> dict[str, Any]:
+    """-> the overrides that give pictures an encoder of their own."""
+    return {"model.image.encoder": {"depth": depth, "width": width, "heads": heads}}
+
+
+TOY_ENCODER, SMALL_ENCODER = encoder(2, 128, 4), encoder(4, 384, 6)
+
+
+def words(steps: int) -> dict[str, Any]:
+    """-> a stage of so many steps that makes a language model of the scenes' captions, without pictures."""
+    return {"data.name": "digits_world/text", "data.turns": 0, "model.image.size": 0, "steps": steps}
