@@ -95,7 +95,7 @@ def terminal(found: dict, asked: results.Question) -> rich.table.Table:
     out = rich.table.Table(title=found["question"], box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
                            title_justify="left")  # fmt: skip
     for k, name in enumerate(heads(found)):
-        out.add_column(name, justify="right" if k else "left")
+        out.add_column(name, justify="right" if k else "left", no_wrap=not k)
     for name, cells in rows(found):
         out.add_row(name, *cells)
     return out

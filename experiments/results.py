@@ -169,9 +169,9 @@ def _pair(one: str, other: str, found, whose, asked: Question) -> dict[str, Any]
 
 def turned(pair: dict) -> dict:
     """-> the same pair, seen from its other side."""
-    low, high = (None if pair[end] is None else -pair[end] for end in ("high", "low"))
+    low, high = (None if pair[end] is None else 0.0 - pair[end] for end in ("high", "low"))  # 0.0 - 0.0 has no sign
     verdict = {compare.BETTER: compare.WORSE, compare.WORSE: compare.BETTER}.get(pair["verdict"], pair["verdict"])
-    return pair | {"one": pair["other"], "other": pair["one"], "mean": -pair["mean"], "low": low, "high": high,
+    return pair | {"one": pair["other"], "other": pair["one"], "mean": 0.0 - pair["mean"], "low": low, "high": high,
                    "verdict": verdict}  # fmt: skip
 
 

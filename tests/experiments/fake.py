@@ -101,5 +101,5 @@ def run(monkeypatch, made_: sweep.Sweep, folder: Path, runner: Runner, *args: st
 if __name__ == "__main__":  # a page to look at
     with pytest.MonkeyPatch.context() as patch:
         wide = {f"width_{w}": {"model.backbone.width": w} for w in (32, 16, 36, 64)}
-        sweep_ = made(config.Data(cache="/tmp/gptcache-sweep"), wide, seeds=3, common={"steps": 40})
+        sweep_ = made(config.Data(), wide, seeds=3, common={"steps": 40})
         print(run(patch, sweep_, Path(sys.argv[1]), Runner(600)))

@@ -245,6 +245,15 @@ def test_lanes_share_the_cores(monkeypatch):
     assert lanes.pinned(1) == lanes.pinned(6) == []
 
 
+def test_what_is_asked_of_a_mixture():
+    asked = results.question("questions@poetry/songci/accuracy", "test", ("counted",))
+    assert (asked.evaluator, asked.metric, asked.baselines) == (
+        "questions@poetry/songci", "accuracy", ("counted@poetry/songci",))  # fmt: skip
+    assert asked.told == ["--split=test", "--evaluator=questions@poetry/songci,counted@poetry/songci"]
+    loss = results.question("windows/loss_a_letter", "validation", ("counted",))
+    assert loss.least_is_best and not asked.least_is_best and not loss.baselines
+
+
 def test_a_pair_from_its_other_side():
     pair = {"one": "a", "other": "b", "mean": 0.2, "low": 0.1, "high": 0.4, "verdict": "better", "p": 0.01}
     other = {"one": "b", "other": "a", "mean": -0.2, "low": -0.4, "high": -0.1, "verdict": "worse", "p": 0.01}
