@@ -72,8 +72,10 @@ class Layout:
 
     @property
     def room(self) -> tuple[int, ...]:
-        """-> what packing may fill of a row: positions, items and patches of each of MEDIA, positions of the source."""
-        return (self.context, *(n for pair in zip(self.items, self.patches, strict=True) for n in pair), self.source)
+        """-> what packing may fill of a row: positions, then items and patches of each of MEDIA, then the source, if
+        there is one."""
+        media = (n for pair in zip(self.items, self.patches, strict=True) for n in pair)
+        return (self.context, *media, *([self.source] if self.source else []))
 
     def encoded(self, modality: str) -> int:
         """-> the vectors that an embedder makes of a row's media of `modality`."""

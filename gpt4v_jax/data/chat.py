@@ -123,9 +123,10 @@ def lengths(pieces: Sequence[Piece], layout: batch_lib.Layout) -> tuple[int, int
 
 
 def needs(pieces: Sequence[Piece], layout: batch_lib.Layout) -> tuple[int, ...]:
-    """-> what a document takes of a row (Layout.room): positions, items and patches of each of batch.MEDIA, source."""
+    """-> what a document takes of a row: what Layout.room has."""
     stream, source = lengths(pieces, layout)
-    return (stream, *media_needs([p.medium for p in pieces if p.medium], layout), source)
+    media = media_needs([p.medium for p in pieces if p.medium], layout)
+    return (stream, *media, *([source] if layout.source else []))
 
 
 def media_needs(media: Iterable[Medium], layout: batch_lib.Layout) -> tuple[int, ...]:

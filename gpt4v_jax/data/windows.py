@@ -47,7 +47,7 @@ class Windows:
         n = (len(self._ids) - 1 - self._offset(epoch)) // self._T
         positions, source = self.task.lengths(self._T)
         media = [0] * (2 * len(batch_lib.MEDIA))
-        return np.tile([positions, *media, source], (n, 1))
+        return np.tile([positions, *media, *([source] if self.layout.source else [])], (n, 1))
 
     def document(self, epoch: int, i: int) -> chat.Document:
         T, start = self._T, self._offset(epoch) + i * self._T

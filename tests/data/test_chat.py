@@ -42,7 +42,7 @@ def test_only_the_assistant_and_end_are_trained(text, layout):
     np.testing.assert_array_equal(document.target[:-1], tokens[1:])
     np.testing.assert_array_equal(document.weight, [*trained[1:], False])
     assert document.weight.dtype == np.float32 and document.tokens.dtype == document.target.dtype == np.int32
-    assert len(document) == len(tokens) == chat.length(tiny.pieces(text), layout)
+    assert len(document) == len(tokens) == chat.lengths(tiny.pieces(text), layout)[0]
 
 
 def test_what_a_document_takes_of_a_row():

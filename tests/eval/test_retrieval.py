@@ -123,5 +123,5 @@ def test_pairs_are_every_text_beside_every_picture():
         assert first.medium.key[0][0] == i // 3 and TOKENIZER.decode(question.ids) == "what?"
         assert TOKENIZER.decode(answer.ids) == ["red", "green", "blue"][i % 3]
         document = pairs.document(0, i)
-        assert len(document) == pairs.needs(0)[i][0] == chat.length(pairs.pieces(i), LAYOUT)
+        assert len(document) == pairs.needs(0)[i][0] == chat.lengths(pairs.pieces(i), LAYOUT)[0]
         assert document.weight.sum() == len(answer.ids) + 1
