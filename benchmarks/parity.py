@@ -51,7 +51,8 @@ def _batch(tokens, mask, causal=True, source=None, token_type=None) -> batch_lib
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32)[:, None], (*tokens.shape, 1))
     if source is not None:
         at = np.broadcast_to(np.arange(source[0].shape[1], dtype=np.int32)[:, None], (*source[0].shape, 1))
-        source = batch_lib.Source(source[0], at, source[1].astype(np.int32))
+        none = np.zeros(source[0].shape, np.int32)
+        source = batch_lib.Source(source[0], at, source[1].astype(np.int32), none, none - 1)
     return batch_lib.Batch(
         tokens=tokens, slot=zeros - 1, position=positions, document=mask.astype(np.int32),
         ar=np.full(tokens.shape, causal), target=zeros, weight=zeros.astype(np.float32), source=source,

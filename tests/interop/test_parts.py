@@ -195,12 +195,13 @@ def test_packed_pictures_are_each_alone(model_type):
     media = batch_lib.Media(
         patch=np.stack([np.concatenate([patches[0], patches[1], blank]), np.concatenate([patches[2], blank, blank])]),
         index=np.tile(index, (2, 3, 1)), item=np.stack([np.repeat([1, 2, 0], n), np.repeat([1, 0, 0], n)]),
-        at=np.array([[1, 9, -1], [0, -1, -1]], np.int32),
+        at=np.array([[1, 9, -1], [0, -1, -1]], np.int32), size=np.zeros((2, 3, 3), np.int32),
     )  # fmt: skip
     document = step = np.tile(ones, (2, 6))[:, :20]
     params |= {"connector": {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}}
     model = config.Model(vocab=32, backbone=config.Backbone(width=width), image=image)
-    segment = ImageEmbed(model).apply({"params": params}, media, document, step)
+    layout = batch_lib.layout(model, config.Data(image=config.Budget(3)))
+    segment = ImageEmbed(model, layout).apply({"params": params}, media, document, step)
     packed = np.concatenate([segment.x[0, : 2 * n], segment.x[1, :n]])
     np.testing.assert_allclose(packed, alone.reshape(-1, width), atol=1e-4)
     assert np.abs(alone[0] - alone[1]).max() > 0.1

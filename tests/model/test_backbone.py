@@ -141,10 +141,11 @@ def batch_of(tokens, document, source, source_document):
         return (i - first)[..., None].astype(np.int32)
 
     zeros = np.zeros_like(tokens)
+    first = np.array([[np.argmax(row == d) for d in of] for row, of in zip(document, source_document, strict=True)])
     return batch_lib.Batch(
         tokens=tokens, slot=zeros - 1, position=positions(document), document=document,
         ar=np.ones(tokens.shape, bool), target=zeros, weight=zeros.astype(np.float32),
-        source=batch_lib.Source(source, positions(source_document), source_document),
+        source=batch_lib.Source(source, positions(source_document), source_document, first, first * 0 - 1),
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_patches_and_linear_are_a_convolution(patch_norm):
 def test_a_picture_is_encoded_alone(encoder):
     """Of a row's two pictures, pixels of one change features of that one: with an encoder all, without the patch's."""
     model, params = tiny.make_model(tiny.make_config(encoder=encoder))
-    embed = ImageEmbed(model.config)
+    embed = ImageEmbed(model.config, model.layout)
     batch = tiny.rows(model.layout, ("I U1", "I A1"))
     step = np.cumsum(batch.ar, axis=1)
     features = jax.jit(lambda media: embed.apply({"params": params["image"]}, media, batch.document, step).x[0])
@@ -60,7 +60,8 @@ def test_where_a_picture_lies():
     model, params = tiny.make_model(tiny.make_config())
     batch = tiny.rows(model.layout, ("U1 A1", "U2 I A1"))
     step = np.cumsum(batch.ar, axis=1)
-    segment = ImageEmbed(model.config).apply({"params": params["image"]}, batch.image, batch.document, step)
+    embed = ImageEmbed(model.config, model.layout)
+    segment = embed.apply({"params": params["image"]}, batch.image, batch.document, step)
     first = int(batch.image.at[0, 0])
     asked = batch.tokens[0, first - 2 : first]
     np.testing.assert_array_equal(batch.tokens[0, first - 3 : first + 5], [2, *asked, 4, 4, 4, 4, 3])
