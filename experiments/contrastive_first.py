@@ -19,7 +19,7 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
     pairs = {"objective.contrastive": 1.0, "model.embed": 64, "data.turns": 0, "data.captions": 0, "steps": steps}
     return {
         "nothing": {},
-        "captions": {"before": {"data.turns": 0, "steps": steps}},
+        "captions": {"before": {"data.turns": 0, "data.captions": 4, "steps": steps}},
         "sigmoid": {"before": pairs},
         "softmax": {"before": pairs | {"objective.contrastive_loss": "softmax"}},
     }

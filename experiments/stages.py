@@ -13,8 +13,8 @@ from typing import Any
 
 from experiments import sizes, sweep
 
-PICTURES = "^image/"
 FROZEN = {"optim.frozen": "^(?!image/)"}
+LORA = {"lora.rank": 16, "lora.pattern": r"^backbone/.*(attention|mlp)/.*kernel$", "lora.also": "^image/"}
 
 
 def variants(steps: int) -> dict[str, dict[str, Any]]:
@@ -25,7 +25,7 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "text_all": {"before": words},
         "text_frozen": {"before": words, **FROZEN},
         "text_align_all": {"before": (words, align)},
-        "text_lora": {"before": words, "lora.rank": 16, "lora.also": PICTURES},
+        "text_lora": {"before": words, **LORA},
     }
 
 
