@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
@@ -64,6 +65,11 @@ FUSIONS = {  # name -> of make_config; each kind, and what it can be besides
 }
 
 KINDS = [name for name in FUSIONS if name in config.FUSIONS]  # one of each kind
+
+
+def fusions(*quick: str) -> list:
+    """Names of FUSIONS as a test's parameters: all but `quick` are make soak's; none given: all but KINDS."""
+    return [name if name in (quick or KINDS) else pytest.param(name, marks=pytest.mark.soak) for name in FUSIONS]
 
 
 @functools.cache
