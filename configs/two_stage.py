@@ -50,5 +50,5 @@ def get_config(arg: str = ""):
     if stage == "instruct":
         config.optim.lr = 2e-3
     else:
-        config.lora.update(rank=16, also="^image/")
+        config.lora.update(rank=16, pattern=r"^backbone/.*(attention|mlp)/.*kernel$", also="^image/")
     return config

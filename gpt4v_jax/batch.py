@@ -187,7 +187,8 @@ def layout(model: config.Model, data: config.Data) -> Layout:
     for name in MEDIA:
         c, budget = getattr(model, name), getattr(data, name)
         items.append(budget.items * (1 + c.tiles if name == "image" else 1) if c else 0)
-        patches.append((budget.patches or budget.items * largest(c)) if c else 0)
+        most = budget.items * largest(c) if c else 0
+        patches.append(min(budget.patches or most, most))
     return Layout(
         vocab=model.vocab,
         context=model.context,

@@ -267,9 +267,9 @@ class Fusion:
 
     kind: str = "concat"  # one of FUSIONS
     every: int = 2  # cross_attention, pooled: the blocks n, 2n, ... read the media
-    latest: bool = False  # cross_attention: a position reads the latest medium of a kind before it, not all of them
+    latest: bool = False  # of a memory: a position reads the latest medium of a modality before it, not all of them
     into: str = "stream"  # resampler, q_former: where their vectors go: stream | memory, as cross_attention's
-    tokens: int = 8  # resampler, q_former: vectors that a picture (a tile, a clip, a sound) becomes
+    tokens: int = 8  # resampler, q_former, pooled: vectors that a picture (a tile, a clip, a sound) becomes
     depth: int = 1  # resampler, q_former, pooled: blocks of learned queries
     connector: str = "linear"  # from an encoder's features to the stream, one of CONNECTORS
     side: int = 2  # pool, pixel_shuffle: side x side patches become one vector; of a sound, side
@@ -283,8 +283,10 @@ class Fusion:
         one_of("into", self.into, ("stream", "memory"))
         at_least(1, every=self.every, tokens=self.tokens, depth=self.depth, side=self.side)
         at_least(0, gain=self.gain, inject=self.inject)
-        if self.inject and self.place != "stream":
-            raise InputError(f"inject={self.inject} adds to media in the stream: kind={self.kind!r} has none there")
+        if self.inject and (self.place != "stream" or self.kind in RESAMPLED):
+            raise InputError(f"inject={self.inject} adds to patches in the stream: kind={self.kind!r} has none there")
+        if self.latest and (self.place != "memory" or self.kind == "q_former"):
+            raise InputError(f"latest=True is for a memory, whose media have a step each: kind={self.kind!r} has none")
 
     @property
     def place(self) -> str:
@@ -341,8 +343,8 @@ class Model:
                 raise InputError(f"backbone.head_dim={stack.head_dim} must be even, for rope turns pairs")
         turned = [medium.encoder for medium in (self.image, self.video, self.audio) if medium.position == "rope"]
         for stack in turned + ([self.backbone] if self.axes == 3 else []):
-            if stack.head_dim < 6:
-                raise InputError(f"head_dim={stack.head_dim} must be 6 or more for rope over three axes")
+            if stack.head_dim < 6 or stack.head_dim % 2:
+                raise InputError(f"head_dim={stack.head_dim} must be even and 6 or more for rope over three axes")
         if self.backbone.count("gated", "pooled", "inject"):
             raise InputError(f"backbone.pattern={self.backbone.pattern}: gated, pooled, inject are set by model.fusion")
         if self.fusion.kind != "encoder_decoder" and bool(self.backbone.count("cross")) != (self.source is not None):
@@ -356,6 +358,10 @@ class Model:
             raise InputError(f"fusion.every={every} is beyond backbone.depth={depth}: no block would read the media")
         if inject >= depth:
             raise InputError(f"fusion.inject={inject} must be less than backbone.depth={depth}: they follow the first")
+        bare = [m for m in (self.image, self.video, self.audio) if m and not m.encoder]
+        if self.fusion.gain != 1 and bare and self.fusion.connector in ("linear", "pool"):
+            raise InputError(f"fusion.gain={self.fusion.gain} is a connector's, and without an encoder "
+                             f"{self.fusion.connector!r} is none: set an encoder, or another connector")
         if not self.causal and self.fusion.kind == "encoder_decoder":
             raise InputError("fusion.kind='encoder_decoder' has a causal decoder: leave model.causal at True")
 

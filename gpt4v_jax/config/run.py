@@ -124,7 +124,7 @@ class LoRA:
 
     rank: int = 0  # of the products; 0: there are none
     alpha: float = 16.0  # a product counts alpha / rank times
-    pattern: str = r"(attention|mlp)/.*kernel$"  # beside which matrices, by their parameter paths
+    pattern: str = r"(attention|cross|mlp)/.*kernel$"  # beside which matrices, by their parameter paths
     also: str = ""  # which other parameter paths move, such as "connector|embed_norm"; "": none
 
     def __post_init__(self):

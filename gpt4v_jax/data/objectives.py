@@ -36,7 +36,8 @@ def check(kinds: Iterable[str], layout: batch_lib.Layout) -> None:
             raise config.InputError(f"data.objective={kind!r} needs a causal stream, and model.causal=False: set "
                                     "data.objective='masked', or model.causal=True")
         if kind == "span" and not layout.source:
-            raise config.InputError("data.objective='span' needs an encoder: set model.source and cross blocks")
+            raise config.InputError("data.objective='span' needs an encoder: set model.source and cross blocks, "
+                                    "or model.fusion.kind='encoder_decoder'")
     if layout.source and layout.place != "source" and "span" not in kinds:  # where media go there, so do all prompts
         raise config.InputError("model.source reads the text that data.objective='span' makes, and no data set has "
                                 "it: set it, or model.source=None")

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from gpt4v_jax.data import chat, sources
+from gpt4v_jax.data import chat, packing, sources
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode
 from gpt4v_jax.model.gpt4v import GPT4V
@@ -21,12 +21,13 @@ def answers(subject: common.Subject) -> tuple[list[str], list[str]]:
     model = GPT4V(subject.run.model, subject.layout, subject.run.compute)
     trained = Trained(subject.run, subject.layout, subject.tokenizer, subject.mesh, model, subject.params, 0)
     asked = sources.Questions(subject.source)
-    unanswered = (asked.pieces(0, i, answered=False) for i in range(len(asked.items)))
+    unanswered = [asked.pieces(0, i, answered=False) for i in range(len(asked.items))]
     prompts = [chat.document(pieces, asked.special, subject.layout) for pieces in unanswered]
+    fits = packing.fits(np.array([chat.needs(pieces, subject.layout) for pieces in unanswered]), subject.layout)
     longest = LONGER * max(len(turn.answer_ids) for _, turn in asked.items) + 1
     # Neighbours in length share a batch: less padding, and few shapes.
-    order, rows = np.argsort([len(p) for p in prompts], kind="stable"), subject.run.eval.batch
-    order = [i for i in order if len(prompts[i]) < subject.layout.context]
+    order, rows = np.argsort([len(p) + len(p.source) for p in prompts], kind="stable"), subject.run.eval.batch
+    order = [i for i in order if fits[i] and len(prompts[i]) < subject.layout.context]
     written = dict.fromkeys(range(len(prompts)), "")
     if len(order) < len(prompts):
         lost = f"{len(prompts) - len(order):,} of {len(prompts):,} questions count as wrong: no row can hold them"

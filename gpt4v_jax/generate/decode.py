@@ -111,6 +111,7 @@ def generate(
     if not trained.run.model.causal:
         raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
     longest, asked = max(map(len, prompts)), max(len(p.source) for p in prompts)
+    asked = max(asked, min(trained.layout.source, 1))  # an encoder reads something, be it padding
     if asked > trained.layout.source:
         reads = trained.layout.source
         raise config.InputError(f"the prompt has {asked} positions, the encoder reads at most {reads}: shorten it")

@@ -74,9 +74,15 @@ def _backbone(flat: dict, model: config.Model, path: str, mesh, what: str):
     _compare(what, model, theirs, _MODEL)
     _compare(f"{what}: backbone", model.backbone, theirs.backbone)
     if model.source or theirs.source:
+        if not (model.source and theirs.source):
+            lacking = "this config's model.source is None" if theirs.source else "the folder has no encoder"
+            raise config.InputError(f"{what}: {lacking}: config.model.update(parts.settings(DIR)) takes the folder's")
         _compare(f"{what}: source", model.source, theirs.source)
     paths = {path: path for path in hf.abstract_params(theirs)}
-    return _take(flat, folder, family, theirs, paths, mesh, what, ("backbone/", "source/", "text/", "head"))
+    # What a fusion adds to the blocks (gates, cross-attention, an encoder) starts anew, and is said to.
+    plain = model if model.source else dataclasses.replace(model, fusion=config.Fusion())
+    whole = tuple(p for p in hf.abstract_params(plain) if p.startswith(("backbone/", "source/", "text/", "head")))
+    return _take(flat, folder, family, theirs, paths, mesh, what, whole)
 
 
 def _image(flat: dict, model: config.Model, path: str, mesh, what: str):

@@ -19,6 +19,8 @@ from gpt4v_jax.model import attention
 from gpt4v_jax.model.backbone import Backbone
 from gpt4v_jax.model.layers import Linear, Norm, Table
 
+LONGEST = 1 << 20  # steps of a row, and of a cache, are fewer
+
 
 class _Fusion(nn.Module):
     config: config.Model
@@ -79,7 +81,8 @@ class Resampler(_Fusion):
 
 class QFormer(Resampler):
     """A resampler whose queries read the prompt, too (BLIP-2, Li et al. 2023; InstructBLIP, Dai et al. 2023): the text
-    of the medium's own block, which is the user's and never trained."""
+    of the medium's own block, which is the user's and never trained; as embeddings, so that under rope its order is not
+    known."""
 
     reads_prompt = True
 
@@ -93,13 +96,16 @@ def resampled(module: Resampler, segment: batch_lib.Segment, text, batch, step, 
     def of_item(values):
         return jnp.repeat(jnp.where(at >= 0, jnp.take_along_axis(values, jnp.maximum(at, 0), axis=1), 0), k, axis=1)
 
-    vectors, k_item, law = segment.x, segment.item, (item, segment.item)
+    def normed(what, x):  # tokens start at 0.02, features at 1: one scale, that both are heard
+        return Norm(c.backbone.norm, c.backbone.norm_eps, name=f"{name}_{what}_norm")(x)
+
+    vectors, k_item, law = normed("features", segment.x), segment.item, (item, segment.item)
     if module.reads_prompt:
-        # A block is one step: what stands in the medium's block is known by that. Of media only the own one is read.
-        vectors = jnp.concatenate([vectors, text.x], axis=1)
-        block = jnp.where((batch.slot < 0) & (batch.document > 0), step, -1)
+        # A block is one step of a document: what stands in the medium's is known by that. Of media the own one is read.
+        vectors = jnp.concatenate([vectors, normed("prompt", text.x)], axis=1)
+        own, block = of_item(_block(batch.document, step)), _block(batch.document * (batch.slot < 0), step)
         k_item = jnp.concatenate([segment.item, 0 * block], axis=1)
-        law = (of_item(step), jnp.concatenate([jnp.where(segment.item > 0, segment.step, -1), block], axis=1))
+        law = (own, jnp.concatenate([_block(segment.document, segment.step), block], axis=1))
     zeros = [jnp.zeros_like(x) for x in law]
     sight = attention.Sight(law[0], zeros[0], law[1], zeros[1], q_item=item, k_item=k_item, reach=vectors.shape[1])
     queries = Table(k, c.backbone.width, name=f"{name}_queries")(jnp.arange(k))
@@ -108,6 +114,11 @@ def resampled(module: Resampler, segment: batch_lib.Segment, text, batch, step, 
     stack = Backbone(stack, compute=module.compute, name=f"{name}_resampler")
     x = stack(x, None, attention.bidirectional(item), keys=keys, memory=(vectors, sight))[0]
     return batch_lib.Segment(x, of_item(batch.document), of_item(step), item, segment.kind)
+
+
+def _block(document, step):
+    """-> a number for each block of each document; -1: padding."""
+    return jnp.where(document > 0, document * LONGEST + step, -1)
 
 
 class Pooled(Resampler):

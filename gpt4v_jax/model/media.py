@@ -39,7 +39,7 @@ def encoder(c, compute: config.Compute, inject: int = 0, last_norm: bool = True)
     """The encoder up to the block whose features are taken, as the module "encoder" of who calls it; `inject` of its
     earlier blocks, evenly, are tapped."""
     depth = c.encoder.depth + 1 + c.layer
-    taps = tuple(depth * (k + 1) // (inject + 1) for k in range(inject))
+    taps = tuple(max(depth * (k + 1) // (inject + 1) - 1, 0) for k in range(inject))
     return Backbone(
         dataclasses.replace(c.encoder, depth=depth), c.position == "rope", last_norm=last_norm and c.layer == -1,
         compute=compute, taps=taps, name="encoder",

@@ -49,6 +49,8 @@ def _differences(theirs: config.Config, run: config.Config, taken: set[str]) -> 
     def concerned(part: str) -> set[str]:
         if part in _OWN:
             return taken & {part}
+        if part == "fusion":  # connectors, and what stands beside them
+            return taken
         if part == "axes":  # of text all three are the same, and turn it as one does
             return taken & {*batch_lib.MEDIA}
         return taken - {*batch_lib.MEDIA}

@@ -107,6 +107,25 @@ def test_the_latest_medium_alone():
     assert np.asarray(attention.visible(all_of_them))[0, end - 1, :4].all()
 
 
+@pytest.mark.parametrize("name", tiny.fusions("q_former", "cross_attention", "experts"))
+def test_documents_that_are_one_block(name):
+    """As masked ones: two of them behind a causal one. Each keeps to itself, and its picture moves all of it."""
+    model = tiny.make_config(context=48, **tiny.FUSIONS[name])
+    module, params = tiny.make_model(model)
+    module = GPT4V(model, dataclasses.replace(module.layout, wide=True))
+    batch = tiny.rows(module.layout, ("U2 A3", "I U2 A3", "U1 I A2"))
+    batch = batch.replace(ar=np.where(batch.document >= 2, False, batch.ar))
+    before = np.asarray(forward(module, params, batch)[0])
+    for number in (1, 2, 3):
+        tokens = batch.tokens.copy()
+        at = np.flatnonzero(batch.document[0] == number)
+        tokens[0, at[-1]] = (tokens[0, at[-1]] + 5) % tiny.VOCAB
+        changed = (np.asarray(forward(module, params, batch.replace(tokens=tokens))[0]) != before).any(-1)
+        assert set(np.flatnonzero(changed)) <= set(at) and changed.any()
+    after = np.asarray(forward(module, params, other(batch, "image"))[0])
+    np.testing.assert_array_equal((after != before).any(-1), batch.document[0] >= 2)
+
+
 # ---- connectors
 
 
@@ -210,7 +229,11 @@ def test_patterns():
     ({"fusion": {"tokens": 0}}, "tokens=0 must be 1 or more"),
     ({"fusion": {"kind": "pooled", "every": 9}}, "fusion.every=9 is beyond backbone.depth=4"),
     ({"fusion": {"inject": 4}}, "fusion.inject=4 must be less than backbone.depth=4"),
-    ({"fusion": {"kind": "pooled", "inject": 1}}, "inject=1 adds to media in the stream: kind='pooled' has none"),
+    ({"fusion": {"kind": "pooled", "inject": 1}}, "inject=1 adds to patches in the stream: kind='pooled' has none"),
+    ({"fusion": {"kind": "resampler", "inject": 1}}, "inject=1 adds to patches in the stream: kind='resampler'"),
+    ({"fusion": {"latest": True}}, "latest=True is for a memory"),
+    ({"image": {"size": 8, "patch": 4}, "fusion": {"gain": 0.0}}, "gain=0.0 is a connector's, and without an encoder"),
+    ({"image": {"size": 8, "patch": 4, "position": "rope", "encoder": {"width": 21, "heads": 3}}}, "head_dim=7 must"),
     ({"image": {"size": 8, "patch": 4, "layer": -2}}, "image.layer=-2 must be from -1"),
     ({"backbone": {"pattern": ["global+gated"]}}, "gated, pooled, inject are set by model.fusion"),
     ({"backbone": {"pattern": ["global+cros"]}}, "pattern='cros' .*did you mean 'cross'"),
