@@ -21,9 +21,10 @@ VARIANTS = {
 COMMON = {"model.image.patch": 12, "data.image.items": 4}
 TOY = sizes.TOY | sizes.TOY_ENCODER | COMMON | {"steps": 700, "save_every": 350, "eval.every": 350}
 PAPER = {name: VARIANTS[name] for name in ("linear", "mlp2x_gelu")}  # PaliGemma's comparison
+SMOKE = sizes.SMOKE | sizes.SMOKE_ENCODER
 SIZES = {
-    "toy": sweep.Sweep(sizes.BASE, VARIANTS, TOY, smoke=sizes.SMOKE),
-    "small": sweep.Sweep(sizes.BASE, VARIANTS, sizes.SMALL | sizes.SMALL_ENCODER | COMMON, smoke=sizes.SMOKE),
+    "toy": sweep.Sweep(sizes.BASE, VARIANTS, TOY, smoke=SMOKE),
+    "small": sweep.Sweep(sizes.BASE, VARIANTS, sizes.SMALL | sizes.SMALL_ENCODER | COMMON, smoke=SMOKE),
     "paper": sweep.Sweep(sizes.BASE, PAPER, sizes.PALIGEMMA, plan_only=True),
 }
 

@@ -26,9 +26,10 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
 
 
 COMMON = {"data.captions": 0}  # the last stage of all: questions alone
+SMOKE = sizes.SMOKE | sizes.SMOKE_ENCODER
 SIZES = {
-    "toy": sweep.Sweep(sizes.BASE, variants(400), sizes.TOY | sizes.TOY_ENCODER | COMMON, smoke=sizes.SMOKE),
-    "small": sweep.Sweep(sizes.BASE, variants(6000), sizes.SMALL | sizes.SMALL_ENCODER | COMMON, smoke=sizes.SMOKE),
+    "toy": sweep.Sweep(sizes.BASE, variants(400), sizes.TOY | sizes.TOY_ENCODER | COMMON, smoke=SMOKE),
+    "small": sweep.Sweep(sizes.BASE, variants(6000), sizes.SMALL | sizes.SMALL_ENCODER | COMMON, smoke=SMOKE),
 }
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ VARIANTS = {
 METRIC = "questions@digits_world/accuracy"  # evaluators name their data set where several are read
 COMMON = {"data.mixture": ("digits_world",), "eval.evaluators": ("questions@digits_world",), "eval.best": METRIC}
 SIZES = {
-    "toy": sweep.Sweep(sizes.BASE, VARIANTS, sizes.TOY | COMMON, metric=METRIC, smoke=sizes.TINY),
-    "small": sweep.Sweep(sizes.BASE, VARIANTS, sizes.SMALL | COMMON, metric=METRIC, smoke=sizes.TINY),
+    "toy": sweep.Sweep(sizes.BASE, VARIANTS, sizes.TOY | COMMON, metric=METRIC, smoke=sizes.SMOKE),
+    "small": sweep.Sweep(sizes.BASE, VARIANTS, sizes.SMALL | COMMON, metric=METRIC, smoke=sizes.SMOKE),
 }
 
 if __name__ == "__main__":

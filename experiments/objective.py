@@ -23,8 +23,8 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
 
 
 SIZES = {
-    "toy": sweep.Sweep(sizes.BASE, variants(400), sizes.TOY, smoke=sizes.TINY),
-    "small": sweep.Sweep(sizes.BASE, variants(6000), sizes.SMALL, smoke=sizes.TINY),
+    "toy": sweep.Sweep(sizes.BASE, variants(400), sizes.TOY, smoke=sizes.SMOKE),
+    "small": sweep.Sweep(sizes.BASE, variants(6000), sizes.SMALL, smoke=sizes.SMOKE),
 }
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ SMALL = {
     "model.backbone.depth": 8, "model.backbone.width": 384, "model.backbone.heads": 6, "optim.lr": 2e-3,
     "optim.warmup": 500, "eval.evaluators": ("questions",),
 }  # fmt: skip
-TINY = {"model.backbone.depth": 2, "model.backbone.width": 16, "model.backbone.heads": 2}  # --smoke of other data
-SMOKE = {"data.name": "digits_world/small", **TINY}
+SMOKE = {"data.name": "digits_world/small", "model.backbone.depth": 2, "model.backbone.width": 16,
+         "model.backbone.heads": 2}  # fmt: skip
 # PaliGemma's first stage: SigLIP So400m, Gemma 2B, 256 patches of a picture and 128 tokens of text, 1e9 examples,
 # one a row. How many rows a step has is ours: FLOPs are those of rows x steps.
 PALIGEMMA = {
@@ -28,7 +28,7 @@ def encoder(depth: int, width: int, heads: int) -> dict[str, Any]:
     return {"model.image.encoder": {"depth": depth, "width": width, "heads": heads}}
 
 
-TOY_ENCODER, SMALL_ENCODER = encoder(2, 128, 4), encoder(4, 384, 6)
+TOY_ENCODER, SMALL_ENCODER, SMOKE_ENCODER = encoder(2, 128, 4), encoder(4, 384, 6), encoder(1, 16, 2)
 
 
 def words(steps: int) -> dict[str, Any]:

@@ -29,9 +29,10 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
     }
 
 
+SMOKE = sizes.SMOKE | sizes.SMOKE_ENCODER
 SIZES = {
-    "toy": sweep.Sweep(sizes.BASE, variants(300), sizes.TOY | sizes.TOY_ENCODER, smoke=sizes.TINY),
-    "small": sweep.Sweep(sizes.BASE, variants(4000), sizes.SMALL | sizes.SMALL_ENCODER, smoke=sizes.TINY),
+    "toy": sweep.Sweep(sizes.BASE, variants(300), sizes.TOY | sizes.TOY_ENCODER, smoke=SMOKE),
+    "small": sweep.Sweep(sizes.BASE, variants(4000), sizes.SMALL | sizes.SMALL_ENCODER, smoke=SMOKE),
 }
 
 if __name__ == "__main__":

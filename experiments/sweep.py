@@ -52,7 +52,7 @@ class Sweep:
     metric: str = "questions/accuracy"  # evaluator/metric
     split: str = "test"
     baselines: tuple[str, ...] = ("counted", "permuted")  # beside `questions`
-    smoke: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what --smoke needs beyond SMOKE
+    smoke: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what --smoke needs beyond SMOKE, over `common`
     plan_only: bool = False  # its data are not here: budgets come from the configs alone, and --really runs it
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ def run(doc: str, size: str, sweep: Sweep) -> None:
     jax.config.update("jax_platforms", "cpu")  # of this process alone, which only counts: devices are the runs'
     if _SMOKE.value:
         sweep = dataclasses.replace(sweep, seeds=1, match="none")
-    asked = variants.configs(sweep.base, sweep.variants, sweep.common, _last(sweep))
+    asked = configs(sweep, _SMOKE.value)
     question = results.question(sweep.metric, sweep.split, sweep.baselines)
     console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     data = not sweep.plan_only or _REALLY.value
@@ -113,8 +113,10 @@ def run(doc: str, size: str, sweep: Sweep) -> None:
         finish(console, folder, sweep, question, solved, about)
 
 
-def _last(sweep: Sweep) -> dict[str, Any]:
-    return SMOKE | dict(sweep.smoke) if _SMOKE.value else {}
+def configs(sweep: Sweep, smoke: bool) -> dict[str, tuple[config.Config, ...]]:
+    """-> {variant: the config of each of its stages}. A stage's own data set stays what it is also with --smoke."""
+    common = variants.flat(sweep.common) | (variants.flat(sweep.smoke) if smoke else {})
+    return variants.configs(sweep.base, sweep.variants, common, SMOKE if smoke else {})
 
 
 def solve(sweep: Sweep, asked: dict[str, tuple[config.Config, ...]], data: bool) -> dict[str, budget.Solved]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import fusion_frozen, results, sweep, variants
+from experiments import fusion_frozen, results, sweep
 from experiments.variants import ROOT
 from gpt4v_jax.batch import layout
 from gpt4v_jax.model.gpt4v import GPT4V
@@ -28,8 +28,8 @@ def test_every_size_parses(name):
     module = importlib.import_module(f"experiments.{name}")
     assert module.__doc__.partition("\n")[0].endswith("?") and f"python -m experiments.{name} " in module.__doc__
     for size, one in module.SIZES.items():
-        for last in ({}, sweep.SMOKE | dict(one.smoke)):
-            made = variants.configs(one.base, one.variants, one.common, last)
+        for smoke in (False, True):
+            made = sweep.configs(one, smoke)
             assert len(set(made.values())) == len(made) > 1, f"{size}: variants that are the same"
         assert one.first in made and results.question(one.metric, one.split, one.baselines)
 
@@ -37,7 +37,7 @@ def test_every_size_parses(name):
 def test_what_is_frozen_is_what_was_trained_before():
     """Of every kind: what it adds to the blocks of the language model moves, also under names of the backbone."""
     one = fusion_frozen.SIZES["toy"]
-    for name, (before, last) in variants.configs(one.base, one.variants, one.common, sweep.SMOKE | one.smoke).items():
+    for name, (before, last) in sweep.configs(one, smoke=True).items():
         there, here = (
             jax.tree_util.tree_leaves_with_path(step.abstract_params(GPT4V(run.model, layout(run.model, run.data))))
             for run in (with_vocabulary(before)[0], with_vocabulary(last)[0])

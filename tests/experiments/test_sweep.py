@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation_plots, ablation_report, child, lanes, results
+from experiments import ablation_plots, ablation_report, child, lanes, results, sweep
 from gpt4v_jax import config
 from gpt4v_jax.training import lock
 from tests.experiments import fake
@@ -131,6 +131,14 @@ def test_a_stage_that_is_done_is_not_done_again(ran, tmp_path, capsys):
     for text in ("variant plain: 1 stages there, 2 here", "variant staged, stage 1: data.turns is 0 there, 2 here",
                  "variant staged, stage 2: steps is 30 there, 31 here"):  # fmt: skip
         assert text in said
+
+
+def test_a_stage_keeps_its_data_set_with_smoke():
+    own = {"staged": {"before": {"data.name": "digits_world/text", "steps": 9}}}
+    made = sweep.Sweep(fake.BASE, own, {"data.name": "digits_world"}, smoke={"data.name": "digits_world/small"})
+    for smoke, last, steps in ((False, "digits_world", 9), (True, "digits_world/small", 2)):
+        stages = sweep.configs(made, smoke)["staged"]
+        assert [run.data.name for run in stages] == ["digits_world/text", last] and stages[0].steps == steps
 
 
 def test_curves_begin_where_the_stages_before_end():

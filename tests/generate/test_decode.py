@@ -369,3 +369,12 @@ def test_one_forward_pass_scores_greedy_answers(kind):
                 for answer, truth in zip(found, truths, strict=True)]  # fmt: skip
     assert 2 <= sum(expected) < len(words) - 1, "some are right and some are wrong"
     assert exact.tolist() == expected
+
+
+def test_an_encoder_that_reads_nothing():
+    """Plain text under encoder_decoder has no source: what is written is what the full forward says."""
+    trained = make(**tiny.FUSIONS["encoder_decoder"])
+    prompt = decode._plain([8, 9])
+    answer = decode.generate(trained, [prompt], None, 3)[0]
+    document = decode._plain([8, 9, *answer.tokens])
+    np.testing.assert_array_equal(full_logits(trained, document)[1:4].argmax(-1), answer.tokens)
