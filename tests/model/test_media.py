@@ -172,7 +172,7 @@ def test_positions_over_three_axes():
     """A patch stands at its (time, row, column) behind the medium's start, text behind the largest of all of them."""
     module, _ = made("axes")
     one = document("U1 I V A1", module.layout)
-    at = packing.positions(one, module.layout).tolist()
+    at = packing.positions(len(one), one.media, module.layout).tolist()
     assert at[:2] == [[0] * 3, [1] * 3]
     assert at[2:6] == [[2, 2, 2], [2, 2, 3], [2, 3, 2], [2, 3, 3]]  # the picture, from 2 on
     assert at[6:10] == [[4, 4, 4], [4, 4, 5], [4, 5, 4], [4, 5, 5]] and at[10] == [5, 4, 4]  # the clip's two tubelets
@@ -233,7 +233,7 @@ def test_native_pictures_and_tiles_take_what_their_shape_asks_for():
 @pytest.mark.parametrize("values, message", [
     ({"axes": 2, "media": True}, "axes=2 must be 1, or"),
     ({"axes": 3, "media": True, "position": "learned"}, "axes=3 must be 1, or with position='rope' 3"),
-    ({"axes": 3, "media": True, "head_dim": 4}, "head_dim=4 must be 6 or more"),
+    ({"axes": 3, "media": True, "head_dim": 4}, "head_dim=4 must be even and 6 or more"),
     ({"image": {"position": "rope"}}, "image.position='rope' is an encoder's"),
     ({"media": True, "audio": {"bins": 200}}, "audio.bins=200 is more than 128"),
     ({"image": {"size": 8, "patch": 16}}, "image.size=8 is less than image.patch=16"),
