@@ -120,9 +120,10 @@ def test_nothing_else_moves_and_a_run_goes_on_to_the_bit(tmp_path):
 def test_the_step_reads_the_sum():
     """Its gradients are those of the sum: by the chain rule, of a the sum's times b, of b a times the sum's."""
     params = noisy()
-    grads = functools.partial(jax.jit(step_lib.gradients, static_argnums=(0, 4)), MODULE)
-    values, _, got = grads(params, BATCH, None, LORA)
-    merged_values, _, wanted = grads(lora.merged(params, LORA), BATCH, None, config.LoRA())
+    grads = functools.partial(jax.jit(step_lib.gradients, static_argnums=(0, 4, 5)), MODULE)
+    plain = config.Objective()
+    values, _, got = grads(params, BATCH, None, plain, LORA)
+    merged_values, _, wanted = grads(lora.merged(params, LORA), BATCH, None, plain, config.LoRA())
     assert float(values["loss"]) == pytest.approx(float(merged_values["loss"]), abs=1e-6)
     got, wanted, leaves = flat(got), flat(wanted), flat(params)
     path = "backbone/block_0/attention/out/kernel"
