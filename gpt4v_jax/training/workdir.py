@@ -53,7 +53,9 @@ class Trained:
     def chats(self) -> bool:
         """Whether a prompt is a user's turn; else it is text that the model goes on with."""
         names = [entry.name for entry in mixture.entries(self.run.data)]
-        chat = not all(map(self.is_text, names)) and (self.layout.place == "source" or self.run.model.source is None)
+        model = self.run.model
+        reads = model.source is None or model.fusion.place == "source"  # else an encoder reads the bare prompt
+        chat = reads and not all(map(self.is_text, names))
         return chat and "<user>" in self.tokenizer.special
 
 
