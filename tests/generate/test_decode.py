@@ -156,6 +156,23 @@ def test_prefill_in_chunks_that_end_where_blocks_end(name):
         assert np.abs(chunked(block - 2) - whole).max() > 0.1
 
 
+@pytest.mark.parametrize("name", tiny.fusions("cross_attention", "resampler"))
+def test_a_picture_in_a_later_chunk(name):
+    """The cache's memory grows by it, or its vectors go into the stream behind what is there."""
+    trained = make(**tiny.FUSIONS[name])
+    if trained.layout.place == "source" or name.startswith("q_former"):
+        pytest.skip("it reads its prompt at once")
+    document = tiny.document("I U2 A2 U1 I A3", trained.layout)
+    (_, _), (second, _) = document.media
+    batch, whole, n = fill(trained, document), full_logits(trained, document), len(document)
+    cache, found = attention.empty_cache(trained.model.config.decoder, 1, n, trained.layout.axes), []
+    for start, stop in ((0, second), (second, n - 2), (n - 2, n)):
+        part = cut(batch, start, stop, picture=stop < n)
+        logits, cache = extend(trained.model, trained.params, part, cache)
+        found.append(logits[0])
+    np.testing.assert_allclose(np.concatenate(found), whole, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", tiny.fusions())
 def test_a_batch_of_prompts_equals_each_alone(name, shown):
     trained = make(**tiny.FUSIONS[name])

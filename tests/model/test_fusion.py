@@ -107,6 +107,16 @@ def test_the_latest_medium_alone():
     assert np.asarray(attention.visible(all_of_them))[0, end - 1, :4].all()
 
 
+@pytest.mark.parametrize("name", tiny.fusions("resampler", "q_former"))
+def test_pictures_side_by_side_are_told_apart(name):
+    """Exchanged, they are another row: what queries read of one medium is not read of the other."""
+    module, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS[name]))
+    batch = tiny.rows(module.layout, ("I I U2 A3",))
+    patch = batch.image.patch.reshape(1, 2, -1, batch.image.patch.shape[-1])[:, ::-1].reshape(batch.image.patch.shape)
+    exchanged = batch.replace(image=batch.image.replace(patch=patch))
+    assert np.abs(forward(module, params, batch) - forward(module, params, exchanged)).max() > 1e-2
+
+
 @pytest.mark.parametrize("name", tiny.fusions("q_former", "cross_attention", "experts"))
 def test_documents_that_are_one_block(name):
     """As masked ones: two of them behind a causal one. Each keeps to itself, and its picture moves all of it."""
