@@ -1,8 +1,9 @@
 """Equal budgets: what a variant's training costs, and the steps or the width at which all cost the same.
 
 FLOPs are those that `gpt4v_jax.plan` counts (model/flops.py): forward and backward, attention counted whole, so a mask
-does not change them. Text tokens (positions of the stream that hold no medium) and pictures are those of the documents
-in the row plan of the first seed's first epoch, which later epochs repeat: they draw other questions, about as long.
+does not change them. Text tokens (positions of the stream, and of a source, that hold no medium) and pictures are those
+of the documents in the row plan of the first seed's first epoch, which later epochs repeat: they draw other questions,
+about as long.
 """
 
 import bisect
@@ -113,6 +114,8 @@ def read(run: config.Config) -> Rows:
 def _rows(stream: train.Stream) -> Rows:
     needs, rows, layout = stream.source.needs(0), stream.plan.epoch(0), stream.layout
     text, images = needs[:, 0].copy(), np.zeros(len(needs), int)
+    if layout.source:  # prompts that an encoder reads, and the media among them
+        text += needs[:, -1]
     for i in (i for row in rows for i in row) if layout.media else ():
         for _, medium in stream.source.document(0, i).media:
             text[i] -= layout.count(medium.modality, medium.shape)

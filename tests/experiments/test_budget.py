@@ -121,3 +121,10 @@ def test_width_keeps_what_was_said_of_heads_and_hidden(asked):
     assert (wide.width, wide.head_dim, wide.hidden) == (24, 10, 48)
     wide = budget.with_width(*asked({"a": {}})["a"], 24).model.backbone
     assert (wide.width, wide.head_dim, wide.hidden) == (24, 12, 96)
+
+
+def test_text_that_an_encoder_reads_counts(asked):
+    """The same documents have the same text, wherever it stands; of media neither patches nor anchors count."""
+    given = asked({kind: {"model.fusion.kind": kind} for kind in ("concat", "cross_attention", "encoder_decoder")})
+    text = {name: budget.read(runs[-1] if isinstance(runs, tuple) else runs).text[-1] for name, runs in given.items()}
+    assert len(set(text.values())) == 1, text
