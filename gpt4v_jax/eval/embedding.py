@@ -58,15 +58,18 @@ def embedded(subject: common.Subject, pairs: Pairs) -> tuple[np.ndarray, np.ndar
     return *out, there
 
 
+def _of_kinds(subject: common.Subject):
+    """-> (kind, its pairs, their texts' tokens, `embedded` of them) of every kind that has some."""
+    for kind in kinds(subject.source):
+        pairs = Pairs(subject.source, kind)
+        if pairs.items:
+            yield kind, pairs, [turn.answer_ids for _, _, turn in pairs.items], embedded(subject, pairs)
+
+
 def zero_shot(subject: common.Subject) -> common.Result:
     """Each record's media against every different text of its kind: the share whose own text is the nearest."""
     counts, right, whose, metrics = {}, [], [], {}
-    for kind in kinds(subject.source):
-        pairs = Pairs(subject.source, kind)
-        if not pairs.items:
-            continue
-        media, texts, there = embedded(subject, pairs)
-        said = [turn.answer_ids for _, _, turn in pairs.items]
+    for kind, pairs, said, (media, texts, there) in _of_kinds(subject):
         first = {text: i for i, text in reversed(list(enumerate(said))) if there[i]}  # the same vector each time
         names = sorted(first)
         nearest = (media @ texts[[first[name] for name in names]].T).argmax(1) if names else np.zeros(len(said), int)
@@ -82,13 +85,8 @@ def recall(subject: common.Subject) -> common.Result:
     """Recall at 1, 5 and 10 among all texts, and among all media, of the kind: by the product of their vectors. Equal
     texts are one; `accuracy` is recall at 1 of the text."""
     counts, right, whose, metrics = {}, [], [], {}
-    for kind in kinds(subject.source):
-        pairs = Pairs(subject.source, kind)
-        if not pairs.items:
-            continue
-        media, texts, there = embedded(subject, pairs)
+    for kind, pairs, said, (media, texts, there) in _of_kinds(subject):
         scores = np.where(there[:, None] & there, media @ texts.T, -np.inf)
-        said = [turn.answer_ids for _, _, turn in pairs.items]
         for way, matrix in (("text", scores), ("medium", scores.T)):
             ranks = np.where(there, retrieval.ranked(matrix, said), np.inf)
             metrics |= {f"R@{k}/{kind}/{way}": float((ranks < k).mean()) for k in retrieval.AT}

@@ -156,12 +156,13 @@ def test_prefill_in_chunks_that_end_where_blocks_end(name):
         assert np.abs(chunked(block - 2) - whole).max() > 0.1
 
 
-@pytest.mark.parametrize("name", tiny.fusions("cross_attention", "resampler"))
+@pytest.mark.parametrize("name", [
+    name for name in tiny.fusions("cross_attention", "resampler")
+    if isinstance(name, str) or not name.values[0].startswith(("q_former", "encoder_decoder"))  # they read it at once
+])  # fmt: skip
 def test_a_picture_in_a_later_chunk(name):
     """The cache's memory grows by it, or its vectors go into the stream behind what is there."""
     trained = make(**tiny.FUSIONS[name])
-    if trained.layout.place == "source" or name.startswith("q_former"):
-        pytest.skip("it reads its prompt at once")
     document = tiny.document("I U2 A2 U1 I A3", trained.layout)
     (_, _), (second, _) = document.media
     batch, whole, n = fill(trained, document), full_logits(trained, document), len(document)
