@@ -3,7 +3,7 @@
 python -m gpt4v_jax.train --config configs/quickstart.py --workdir runs/quickstart
 
 Measured: 0.551 of 4,672 test questions (counted answers 0.244, permuted pictures 0.211), 4.8 minutes of training on
-2 cores; before the layout of turns changed 0.597 and 0.590: docs/results/quickstart.md
+2 cores; 0.545 at ff78d39; before the layout of turns changed 0.597 and 0.590: docs/results/quickstart.md
 """
 
 from configs import digits_world

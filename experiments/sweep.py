@@ -27,7 +27,7 @@ from gpt4v_jax.training import lock, workdir
 from gpt4v_jax.training.stop import PREEMPTED
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the sweep's folder; a sweep there is continued", allow_override=True)
-_SIZE = flags.DEFINE_string("size", "toy", "toy: CPU, minutes a run | small: one GPU | paper: the published one")
+_SIZE = flags.DEFINE_string("size", "toy", "toy: a CPU | small: one GPU | paper: the published one")
 _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time; several share the cores evenly", lower_bound=1)
 _PLAN = flags.DEFINE_bool("plan", False, "print the budgets and stop")
 _REPORT = flags.DEFINE_bool("report", False, "run nothing: write the results of what is there")
