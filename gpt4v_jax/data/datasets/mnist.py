@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gpt4v_jax.data.datasets import raw
-from gpt4v_jax.data.datasets.digits_world import png
+from gpt4v_jax.data.datasets.scenes import png
 
 # TFDS's own. Any copy of the four original files will do; ours were made from the 70,000 pictures of
 # github.com/rasbt/mnist-pngs @ d26bd33bf1e454dd15bd4fe8b8ba64c76308f91c, and what they unpack to is the same.

@@ -11,8 +11,9 @@ from PIL import Image
 
 from gpt4v_jax.config import InputError
 from gpt4v_jax.data import datasets
-from gpt4v_jax.data.datasets import digits_world
-from gpt4v_jax.data.datasets.digits_world import COLOURS, HELD_OUT, KINDS, NAMES, PLACES, SPLITS
+from gpt4v_jax.data.datasets import digits_world, scenes
+from gpt4v_jax.data.datasets.digits_world import KINDS, PLACES
+from gpt4v_jax.data.datasets.scenes import COLOURS, HELD_OUT, NAMES, SPLITS
 
 NUMBER = {"train": 2000, "validation": 400, "test": 600, "compositional": 400}
 
@@ -96,13 +97,13 @@ def test_scans_are_disjoint_stratified_and_of_the_right_class(records):
     for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
         assert not used[a] & used[b]
     assert len(used["train"]) > 1100 and len(used["validation"]) > 150 and len(used["test"]) > 330
-    classes = digits_world.scans()[1]
+    classes = scenes.scans()[1]
     for split, share in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
-        for digit, chosen in enumerate(digits_world.scans_of(split)):
+        for digit, chosen in enumerate(scenes.scans_of(split)):
             assert set(classes[chosen]) == {digit}
             assert len(chosen) / np.sum(classes == digit) == pytest.approx(share, abs=0.01)
     for r in (r for of in records.values() for r in of):
-        assert all((str(classes[t["scan"]]) == t["name"]) if t["scan"] >= 0 else t["name"] in digits_world.SHAPES
+        assert all((str(classes[t["scan"]]) == t["name"]) if t["scan"] >= 0 else t["name"] in scenes.SHAPES
                    for t in r["objects"])
 
 
@@ -161,13 +162,13 @@ def test_each_object_is_drawn_in_its_cell_and_its_colour(records):
 
 def test_masks_keep_to_their_cell_at_every_extreme():
     for shift in [(x, y) for x in (-1.0, 1.0) for y in (-1.0, 1.0)]:
-        for name in digits_world.SHAPES:
-            mask = digits_world.shape_mask(name, 20, shift)
+        for name in scenes.SHAPES:
+            mask = scenes.shape_mask(name, 20, shift)
             assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) < 0.6
             assert mask.max() == 1
         for scan in range(0, 1797, 13):
             for angle in (-10, 10):
-                mask = digits_world.digit_mask(scan, 21, angle, shift)
+                mask = scenes.digit_mask(scan, 21, angle, shift)
                 assert max(mask[0].max(), mask[-1].max(), mask[:, 0].max(), mask[:, -1].max()) < 0.75
                 assert mask.min() >= 0 and mask.max() <= 1
 
