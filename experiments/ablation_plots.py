@@ -8,7 +8,7 @@ from experiments import lanes, results
 from experiments.lanes import Run
 from gpt4v_jax import plan, plots
 
-COLOURS = (plots.A, plots.B, plots.D, plots.E, plots.F)
+COLOURS = (plots.A, plots.B, plots.D, plots.E, plots.F, plots.G)
 MARKS = ("D", "x", "+")
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 # What matplotlib draws with -> the page's colours, so that plots follow light and dark.
-COLOURS = {f"#0{i}0{i}0{i}": name for i, name in enumerate(("ink", "faint", "line", *"abcdef"), 1)}
-INK, FAINT, LINE, A, B, C, D, E, F = COLOURS
+COLOURS = {f"#0{i}0{i}0{i}": name for i, name in enumerate(("ink", "faint", "line", *"abcdefg"), 1)}
+INK, FAINT, LINE, A, B, C, D, E, F, G = COLOURS
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -37,10 +37,10 @@ def curves(title: str, series, log: bool = False, top: float | None = None) -> s
 
 def families(title: str, x: str, series, log: bool = False) -> str:
     """Curves of several runs each, against `x`; series: (name, [[(x, value)] of each run], colour). Runs are thin, and
-    where all have the same x their mean is thick."""
+    where all have the same x their mean is thick. A colour that comes again is dashed."""
     figure, axes = _figure(3.1, title)
     for i, (name, runs, colour) in enumerate(series):
-        dashes = DASHES[i // 5 % len(DASHES)]
+        dashes = DASHES[[other for *_, other in series[:i]].count(colour) % len(DASHES)]
         shared = sorted(set.intersection(*({at for at, _ in points} for points in runs)))
         thin, pale = (0.8, 0.45) if shared else (1.2, 0.8)
         for points in runs:
