@@ -365,6 +365,12 @@ class Model:
         if not self.causal and self.fusion.kind == "encoder_decoder":
             raise InputError("fusion.kind='encoder_decoder' has a causal decoder: leave model.causal at True")
 
+    @property
+    def drops(self) -> bool:
+        """Whether any of its stacks has dropout."""
+        encoders = [medium and medium.encoder for medium in (self.image, self.video, self.audio)]
+        return any(stack and stack.dropout for stack in (self.backbone, self.source, *encoders))
+
     @functools.cached_property
     def decoder(self) -> Backbone:
         """The backbone, with what the fusion has its blocks do besides."""

@@ -23,7 +23,7 @@ class AudioEmbed(nn.Module):
     compute: config.Compute = config.Compute()
 
     @nn.compact
-    def __call__(self, media: batch_lib.Media, document, step) -> batch_lib.Segment:
+    def __call__(self, media: batch_lib.Media, document, step, keys=None) -> batch_lib.Segment:
         c, stream = self.config.audio, self.config.backbone.width
         width = c.encoder.width if c.encoder else stream
         if c.front == "conv":
@@ -32,7 +32,7 @@ class AudioEmbed(nn.Module):
             x = media_lib.content(media.patch, width, c.patch_norm)
         if c.position == "sinusoid":
             x += sinusoids(media.index[..., 0], width).astype(x.dtype)
-        features = media_lib.encoded(c, x, media, self.compute, self.config.fusion.inject)
+        features = media_lib.encoded(c, x, media, self.compute, self.config.fusion.inject, keys)
         return media_lib.segment(self.config, self.layout, KIND, features, media, document, step)
 
 

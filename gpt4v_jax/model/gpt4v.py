@@ -121,7 +121,7 @@ class GPT4V(nn.Module):
         for name in self.layout.media:
             media = getattr(batch, name)
             if media is not None:  # a step of decoding has none
-                segments.append(getattr(self, name)(media, batch.document, step))
+                segments.append(getattr(self, name)(media, batch.document, step, keys))
                 features, expected = segments[-1].x.shape[1], self.layout.encoded(name)
                 if features != expected:  # a gather beyond the end would clamp silently
                     raise ValueError(f"the {name} embedder made {features} features a row, the layout has {expected}")

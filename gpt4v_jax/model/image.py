@@ -39,7 +39,8 @@ class PatchEmbed(nn.Module):
         return x
 
 
-def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, compute=config.Compute(), inject=0):  # noqa: B008, frozen
+def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, compute=config.Compute(), inject=0,  # noqa: B008, frozen
+            keys=None):  # fmt: skip
     """Patches -> ([B,C+M,D], C class tokens first, those of `inject` earlier layers); each item is encoded by itself.
     For use in a compact method.
 
@@ -52,7 +53,7 @@ def _encode(c: config.Image, patch_BMp, index_BM3, item_BM, item_BN=None, comput
     item = item_BM if item_BN is None else jnp.concatenate([item_BN, item_BM], axis=1)
     index = index_BM3 if c.position == "rope" else None
     encoder = media_lib.encoder(c, compute, inject, last_norm=not c.pool_norm)
-    x, *_, out = encoder(x, index, attention.bidirectional(item))
+    x, *_, out = encoder(x, index, attention.bidirectional(item), keys=keys)
     return x, tuple(out[f"block_{i}"] for i in encoder.taps)
 
 
@@ -64,11 +65,11 @@ class ImageEmbed(nn.Module):
     compute: config.Compute = config.Compute()
 
     @nn.compact
-    def __call__(self, media: batch_lib.Media, document, step) -> batch_lib.Segment:
+    def __call__(self, media: batch_lib.Media, document, step, keys=None) -> batch_lib.Segment:
         c, inject = self.config.image, self.config.fusion.inject
         if c.encoder:
             items = jnp.where(media.at >= 0, jnp.arange(1, media.at.shape[1] + 1), 0) if c.class_token else None
-            x, deep = _encode(c, media.patch, media.index, media.item, items, self.compute, inject)
+            x, deep = _encode(c, media.patch, media.index, media.item, items, self.compute, inject, keys)
             x, *deep = (x[:, -media.patch.shape[1] :] for x in (x, *deep))
         else:
             x = PatchEmbed(c, self.config.backbone.width, name="image")(media.patch, media.index)

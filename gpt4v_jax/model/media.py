@@ -46,14 +46,14 @@ def encoder(c, compute: config.Compute, inject: int = 0, last_norm: bool = True)
     )  # fmt: skip
 
 
-def encoded(c, x_BME, media: batch_lib.Media, compute: config.Compute, inject: int = 0):
+def encoded(c, x_BME, media: batch_lib.Media, compute: config.Compute, inject: int = 0, keys=None):
     """Patches through c.encoder, each item by itself -> (features, those of `inject` earlier layers); without an
     encoder the patches, as often. Where c.position is "rope" queries and keys turn by (time, row, column)."""
     if not c.encoder:
         return x_BME, (x_BME,) * inject
     index = media.index if c.position == "rope" else None
     stack = encoder(c, compute, inject)
-    x, *_, out = stack(x_BME, index, attention.bidirectional(media.item))
+    x, *_, out = stack(x_BME, index, attention.bidirectional(media.item), keys=keys)
     return x, tuple(out[f"block_{i}"] for i in stack.taps)
 
 

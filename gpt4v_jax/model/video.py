@@ -19,7 +19,7 @@ class VideoEmbed(nn.Module):
     compute: config.Compute = config.Compute()
 
     @nn.compact
-    def __call__(self, media: batch_lib.Media, document, step) -> batch_lib.Segment:
+    def __call__(self, media: batch_lib.Media, document, step, keys=None) -> batch_lib.Segment:
         c, stream = self.config.video, self.config.backbone.width
         width = c.encoder.width if c.encoder else stream
         x = media_lib.content(media_lib.pixels(c, media.patch), width, c.patch_norm, c.patch_bias)
@@ -27,5 +27,5 @@ class VideoEmbed(nn.Module):
             time, row, column = (media.index[..., axis] for axis in range(3))
             x += Table(c.grid**2, width, 0.5, name="position")(row * c.grid + column)
             x += Table(-(-c.frames // c.tubelet), width, 0.5, name="time")(time)
-        features = media_lib.encoded(c, x, media, self.compute, self.config.fusion.inject)
+        features = media_lib.encoded(c, x, media, self.compute, self.config.fusion.inject, keys)
         return media_lib.segment(self.config, self.layout, KIND, features, media, document, step)

@@ -188,7 +188,7 @@ def make_train_step(model: GPT4V, tx: optax.GradientTransformation, run: config.
     schedule = optim.schedule(run.optim, run.steps)
 
     def train_step(state: State, batch: batch_lib.Batch):
-        keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.backbone.dropout else None
+        keys = row_keys(run.seed, state.step, batch.tokens.shape[0]) if run.model.drops else None
         values, weight, grads = gradients(model, state.params, batch, keys, run.objective, run.lora)
         frozen = optim.frozen(run.optim, run.lora, grads)
         if frozen:  # they count nowhere, and need not be computed

@@ -218,3 +218,21 @@ def test_dropout_draws_from_the_key_alone():
     one, again, other = (forward(step_lib.row_keys(seed, 0, len(batch.tokens))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other) and not np.allclose(one, step_lib.forward(model, params, batch))
+
+
+@pytest.mark.parametrize("name, text", [("image", "I U2 A3"), ("video", "V U2 A3"), ("audio", "S U2 A3"),
+                                        ("source", "U2 A3")])  # fmt: skip
+def test_dropout_of_an_encoder_alone(name, text):
+    """Of a medium's encoder and of the source's, where the backbone has none."""
+    block = config.Backbone(depth=1, width=16, heads=2, hidden=32, dropout=0.5)
+    if name == "source":
+        made = dataclasses.replace(tiny.make_config(kind="encoder_decoder"), source=block)
+    else:
+        made = tiny.make_config(media=True, **{name: {"encoder": block}})
+    assert made.drops and not made.backbone.dropout and not tiny.make_config().drops
+    model, params = tiny.make_model(made)
+    batch = tiny.rows(model.layout, (text,))
+    forward = jax.jit(lambda keys: step_lib.forward(model, params, batch, keys))
+    one, again, other = (forward(step_lib.row_keys(seed, 0, len(batch.tokens))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other) and not np.allclose(one, step_lib.forward(model, params, batch))
