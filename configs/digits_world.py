@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
 
     config.data.name = "digits_world"
     config.data.blank = ("image",) if arg["pictures"] == "blank" else ()
-    config.data.image.items = 7
+    config.data.image.per_row = 7
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

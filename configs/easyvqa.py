@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
 
     config.data.update(name="easyvqa", vocab=384, turns=10, augment=("shift", "flip"))
     config.data.blank = ("image",) if arg["pictures"] == "blank" else ()
-    config.data.image.items = 1
+    config.data.image.per_row = 1
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
     config.model.backbone.update(depth=4, width=128, heads=4, dropout=0.1)
 
     config.data.update(name=f"fsdd/{arg['speaker']}", vocab=300, augment=("voice", "mask"))
-    config.data.audio.update(items=8, patches=144)
+    config.data.audio.update(per_row=8, patches=144)
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     config.model.backbone.update(depth=4, width=128, heads=4)
 
     config.data.update(name="mnist", vocab=300, augment=("shift",))
-    config.data.image.items = 4
+    config.data.image.per_row = 4
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

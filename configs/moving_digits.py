@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
     config.model.backbone.update(depth=4, width=128, heads=4)
 
     config.data.update(name="moving_digits", vocab=320, turns=8, captions=1)
-    config.data.video.items = 6
+    config.data.video.per_row = 6
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

@@ -42,9 +42,9 @@ def get_config(arg: str = ""):
     config.data.mixture = tuple(f"{name}: {MIXTURE[name]}" for name in names)
     config.data.update(vocab=4000, turns=4, captions=1, window=64, augment=("shift", "voice", "mask"))
     share = 4 // rows  # of a row is one data set's
-    config.data.image.items = 3 * share
-    config.data.video.items = 5 * share
-    config.data.audio.update(items=10 * share, patches=208 * share)
+    config.data.image.per_row = 3 * share
+    config.data.video.per_row = 5 * share
+    config.data.audio.update(per_row=10 * share, patches=208 * share)
 
     config.optim.update(name="muon", lr=5e-3, final=0.0)
 

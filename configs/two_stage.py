@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
     before = arg["from"] or f"runs/two_stage/{BEFORE[stage]}"
     config.init_from.run, config.data.tokenizer = before, f"{before}/tokenizer.json"  # the same tokens in the table
     config.data.name = "digits_world"
-    config.data.image.items = 7
+    config.data.image.per_row = 7
     encoder = config_lib.section(config_lib.Backbone)
     encoder.update(depth=2, width=128, heads=4)
     config.model.image.update(size=72, patch=24, patch_norm=True, encoder=encoder)

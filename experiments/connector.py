@@ -10,7 +10,7 @@ linear and MLP keep the 36 patches of a picture, the others make 9 of them, so t
 
 from experiments import sizes, sweep
 
-NINE = {"data.image.items": 7}  # pictures of 9 vectors that a row has room for
+NINE = {"data.image.per_row": 7}  # pictures of 9 vectors that a row has room for
 VARIANTS = {
     "linear": {},
     "mlp2x_gelu": {"model.fusion.connector": "mlp2x_gelu"},
@@ -18,7 +18,7 @@ VARIANTS = {
     "pixel_shuffle": {"model.fusion.connector": "pixel_shuffle", **NINE},
     "resampler": {"model.fusion.kind": "resampler", "model.fusion.tokens": 9, **NINE},
 }
-COMMON = {"model.image.patch": 12, "data.image.items": 4}
+COMMON = {"model.image.patch": 12, "data.image.per_row": 4}
 TOY = sizes.TOY | sizes.TOY_ENCODER | COMMON | {"steps": 700, "save_every": 350, "eval.every": 350}
 PAPER = {name: VARIANTS[name] for name in ("linear", "mlp2x_gelu")}  # PaliGemma's comparison
 SMOKE = sizes.SMOKE | sizes.SMOKE_ENCODER

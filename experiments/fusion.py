@@ -16,11 +16,11 @@ from gpt4v_jax.model import presets
 VARIANTS = {
     "concat": {},
     "prefix_lm": {"model.fusion.kind": "prefix_lm"},
-    "cross_attention": {"model.fusion.kind": "cross_attention", "data.image.items": 12},
+    "cross_attention": {"model.fusion.kind": "cross_attention", "data.image.per_row": 12},
     "resampler": {"model.fusion.kind": "resampler", "model.fusion.tokens": 9},
     "encoder_decoder": {
         "model.fusion.kind": "encoder_decoder", "model.context": 96, "model.source_context": 192,
-        "data.image.items": 7,
+        "data.image.per_row": 7,
     },
     "experts": {"model.fusion.kind": "experts"},
 }  # fmt: skip
@@ -29,7 +29,7 @@ TOY = sizes.TOY | {"steps": 700, "save_every": 350, "eval.every": 350}
 PAPER = {
     "model": {**presets.MODELS["mistral-7b-v0.1"], "context": 2048, "embed_norm": False},
     "model.image": {**presets.IMAGES["siglip-image-so400m/14-384"], "pool": "none", "patch_norm": False},
-    "model.fusion": {"tokens": 64, "depth": 3}, "data.image.items": 8, "batch": 1024, "steps": 5000,
+    "model.fusion": {"tokens": 64, "depth": 3}, "data.image.per_row": 8, "batch": 1024, "steps": 5000,
     "compute.dtype": "bfloat16",
 }  # fmt: skip
 PAPER_VARIANTS = {

@@ -19,7 +19,7 @@ SMOKE = {"data.name": "digits_world/small", "model.backbone.depth": 2, "model.ba
 PALIGEMMA = {
     "model": {**presets.MODELS["gemma-2b"], "vocab": 257_152, "context": 384, "embed_norm": False},
     "model.image": {**presets.IMAGES["siglip-image-so400m/14-224"], "pool": "none", "patch_norm": False},
-    "data.image.items": 1, "batch": 8192, "steps": 10**9 // 8192, "compute.dtype": "bfloat16",
+    "data.image.per_row": 1, "batch": 8192, "steps": 10**9 // 8192, "compute.dtype": "bfloat16",
 }  # fmt: skip
 
 

@@ -16,11 +16,11 @@ def pool(side: int) -> dict:
 
 
 VARIANTS = {
-    "patch_24": {"model.image.patch": 24, "data.image.items": 7},
-    "patch_12": {"model.image.patch": 12, "data.image.items": 4},
-    "patch_36": {"model.image.patch": 36, "data.image.items": 8},
-    "pool_24": {**pool(2), "data.image.items": 7},
-    "pool_36": {**pool(3), "data.image.items": 8},
+    "patch_24": {"model.image.patch": 24, "data.image.per_row": 7},
+    "patch_12": {"model.image.patch": 12, "data.image.per_row": 4},
+    "patch_36": {"model.image.patch": 36, "data.image.per_row": 8},
+    "pool_24": {**pool(2), "data.image.per_row": 7},
+    "pool_36": {**pool(3), "data.image.per_row": 8},
 }
 SIZES = {
     "toy": sweep.Sweep(sizes.BASE, VARIANTS, sizes.TOY, smoke=sizes.SMOKE),

@@ -186,8 +186,8 @@ def layout(model: config.Model, data: config.Data) -> Layout:
     items, patches, fusion = [], [], model.fusion
     for name in MEDIA:
         c, budget = getattr(model, name), getattr(data, name)
-        items.append(budget.items * (1 + c.tiles if name == "image" else 1) if c else 0)
-        most = budget.items * largest(c) if c else 0
+        items.append(budget.per_row * (1 + c.tiles if name == "image" else 1) if c else 0)
+        most = budget.per_row * largest(c) if c else 0
         patches.append(min(budget.patches or most, most))
     return Layout(
         vocab=model.vocab,

@@ -103,6 +103,12 @@ def test_runs_from_when_bias_was_a_bool():
     assert model.backbone.bias == config.BIASES and model.image.encoder.bias == ()
 
 
+def test_runs_from_when_a_budget_had_items():
+    """Its name was that of a method of ConfigDict, so that no flag could set it."""
+    assert config.from_json('{"data": {"image": {"items": 3, "patches": 8}}}').data.image == config.Budget(3, 8)
+    assert config.from_json('{"data": {"image": {"per_row": 2}}}').data.image == config.Budget(2)
+
+
 def test_the_best_metric_of_a_data_set_whose_name_has_slashes():
     names = ("questions@fsdd/george", "wer@fsdd/george")
     for best in ("questions@fsdd/george/accuracy/digit", "wer@fsdd/george/wer"):

@@ -41,7 +41,7 @@ def get_config():
         mixture=("folder:{folder}/pictures/{{split}}: 2", "folder:{folder}/clips/{{split}}",
                  "jsonl:{folder}/sounds/{{split}}.jsonl: 1.5", "jsonl:{folder}/texts/{{split}}.jsonl: 0.5"),
         vocab=300, threads=0, augment=("flip", "shift", "voice", "mask"))
-    config.data.audio.items = 2
+    config.data.audio.per_row = 2
     config.model.context = 96
     config.model.axes = 3
     config.model.image.update(size=8, patch=4)

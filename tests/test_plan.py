@@ -19,7 +19,7 @@ def get_config():
     config.model.vocab, config.model.context = {vocab}, 64
     config.model.backbone.update(depth=2, width=64, heads=2)
     config.model.image.update(size=16, patch=8)
-    config.data.image.items = 3
+    config.data.image.per_row = 3
     config.data.tokenizer = {tokenizer!r}
     return config
 """

@@ -11,7 +11,7 @@ import ml_collections
 
 from gpt4v_jax.config.check import InputError, nearest
 from gpt4v_jax.config.model import BIASES, Backbone
-from gpt4v_jax.config.run import Config
+from gpt4v_jax.config.run import Budget, Config
 
 
 def default() -> ml_collections.ConfigDict:
@@ -52,6 +52,8 @@ def parse(values: Mapping, cls=Config, path: str = "config"):
     Raises InputError for an unknown key, naming the nearest one, and for a value of another type.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    if cls is Budget and "items" in values:  # as runs before 23 November 2026 have it on disk
+        values = {"per_row" if key == "items" else key: values[key] for key in values}
     for key in values:
         if key not in fields:
             raise InputError(f"unknown config key {path}.{key}{nearest(key, fields)}")

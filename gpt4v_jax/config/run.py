@@ -10,11 +10,11 @@ from gpt4v_jax.config.model import Model
 class Budget:
     """What a row has room for of one modality; packing fills it as it fills the row."""
 
-    items: int = 4  # media
-    patches: int = 0  # positions of all of them together; 0: items x those of the largest
+    per_row: int = 4  # media; not `items`, which is a method of every ConfigDict, so that no flag could set it
+    patches: int = 0  # positions of all of them together; 0: per_row x those of the largest
 
     def __post_init__(self):
-        at_least(1, items=self.items)
+        at_least(1, per_row=self.per_row)
         at_least(0, patches=self.patches)
 
 

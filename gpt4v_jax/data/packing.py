@@ -21,7 +21,7 @@ from gpt4v_jax.data.transforms import BadMedium
 
 OPEN_ROWS = 32  # rows that wait for a document that still fits
 NOTHING = ("there is no record to train on, or none that a row can hold: raise model.context (of what an encoder reads "
-           "model.source_context), and of its media config.data.image, video, audio (items, patches)")  # fmt: skip
+           "model.source_context), and of its media config.data.image, video, audio (per_row, patches)")  # fmt: skip
 
 
 def plan_epoch(needs: np.ndarray, layout: batch_lib.Layout, seed: int | None, epoch: int) -> list[list[int]]:

@@ -108,7 +108,7 @@ def test_what_no_row_can_hold():
     assert packing.fits(needs, LAYOUT).tolist() == [True, False, True, False, False, False, True]
     for nothing in (needs[[1, 3, 4, 5]], needs[:0]):
         assert packing.plan_epoch(nothing, LAYOUT, 0, 0) == []
-        with pytest.raises(config.InputError, match="no record to train on.*model.context.*items, patches"):
+        with pytest.raises(config.InputError, match="no record to train on.*model.context.*per_row, patches"):
             packing.RowPlan(lambda epoch, n=nothing: n, LAYOUT, 0).locate(0)
 
 
