@@ -32,7 +32,7 @@ _PRESET = flags.DEFINE_string("preset", None, "a published size, such as gpt2: a
 ORDER = (  # of the names in a part's path: as they are met on the way through a model
     "text", "image", "video", "audio", "front", "embed", "position", "time", "source_position", "token_type",
     "class_token", "mask_token", "source", "backbone", "encoder", "relative", "attention", "cross", "mlp", "scales",
-    "norms", "pool", "connector", "head_hidden", "head", "head_bias", "scale", "bias", "lora",
+    "norms", "pool", "connector", "head_hidden", "projection", "head", "head_bias", "scale", "bias", "lora",
 )  # fmt: skip
 UNITS = ((1e16, "PFLOP", 1e15), (1e13, "TFLOP", 1e12), (1e9, "GFLOP", 1e9), (0, "MFLOP", 1e6))  # from, name, size
 COUNTS = """\

@@ -2,7 +2,8 @@
 
 An operation is a multiplication or an addition, so a product of [m,k] and [k,n] costs 2 m k n: twice its multiply-
 accumulates. Only matrix products and the two products of attention count; norms, softmax, activations, tables and the
-scores between the towers of a pair do not. The backward pass of a product is two products of its size.
+scores between the two sides of pairs do not. The backward pass of a product is two products of its size. What is
+computed again (remat; the first of the two passes of contrastive losses under accumulation) does not count.
 
 Attention has two counts, and publications differ in which they use. Full: every query of a row meets every key (in an
 image encoder, every key of its picture). Causal: the pairs that the mask of one unbroken document lets through: about
@@ -104,6 +105,8 @@ def _model(c: config.Model, layout: batch_lib.Layout, causal: bool) -> dict[str,
     flops |= _within("backbone", stack(c.decoder, T, causal and c.causal, causal, memory=memory, routed=routed))
     if c.head_hidden:
         flops["head_hidden"] = 2 * T * D * D
+    if c.embed:
+        flops["projection"] = 2 * 2 * layout.pairs * D * c.embed  # of media and of texts
     return flops | {"head": 2 * T * D * c.vocab}
 
 

@@ -135,6 +135,14 @@ def test_pictures_in_a_stream():
     )
 
 
+def test_embeddings_of_pairs():
+    """A vector of each medium that a row may hold, and one of its text, through one map each."""
+    data = config.Data(image=config.Budget(5))
+    model = config.Model(vocab=8, context=64, backbone=config.Backbone(depth=1, width=48, heads=2),
+                         image=config.Image(size=12, patch=4), embed=16)  # fmt: skip
+    assert flops.parts(model, batch_lib.layout(model, data))["projection"] == (5 + 5) * 2 * 48 * 16
+
+
 # ---- XLA's own count. Rows are 64 positions, one chunk of queries, so that XLA, too, lets every query meet every key.
 
 BLOCK = config.Backbone(depth=2, width=128, heads=4)
