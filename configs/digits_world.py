@@ -11,7 +11,7 @@ from gpt4v_jax import config as config_lib
 
 
 def get_config(arg: str = ""):
-    """Arguments: fusion=concat|prefix_lm, pictures=real|blank (blank trains the blind baseline)."""
+    """Arguments: fusion=KIND (docs/fusion.md), pictures=real|blank (blank trains the blind baseline)."""
     arg = config_lib.arguments(arg, fusion="concat", pictures="real")
     config = config_lib.default()
     config.steps, config.batch, config.log_every = 4000, 8, 100

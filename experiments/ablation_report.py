@@ -3,6 +3,7 @@ seconds.json and environment.json, which also say when, where and by what."""
 
 import html
 import json
+import math
 import re
 import shlex
 import string
@@ -19,8 +20,9 @@ from experiments.lanes import Run
 from gpt4v_jax import config, plan
 from gpt4v_jax.training import workdir
 
-SIGNS = {compare.BETTER: "▲", compare.WORSE: "▼", compare.NEITHER: "≈", compare.ALONE: "?"}
-CLASS = {compare.BETTER: "better", compare.WORSE: "worse", compare.NEITHER: "neither", compare.ALONE: "alone"}
+SIGNS = {compare.BETTER: "▲", compare.WORSE: "▼", compare.NEITHER: "≈", compare.ALONE: "?", compare.LOST: "?"}
+CLASS = {compare.BETTER: "better", compare.WORSE: "worse", compare.NEITHER: "neither", compare.ALONE: "alone",
+         compare.LOST: "alone"}  # fmt: skip
 BASELINES = {"counted": "counted answers", "permuted": "permuted media", "blanked": "blanked media"}
 HOW = """Differences are of runs with the same seed on the same {items}. The variance is the sum of that between the
 seeds' differences and of that between {clusters} (mean over seeds), so an interval is for training again <i>and</i>
@@ -33,11 +35,20 @@ def write(folder: Path, found: dict, asked: results.Question, solved: dict[str, 
           command: str) -> None:  # fmt: skip
     """Writes all five files into the sweep's folder, each whole or not at all."""
     spent, made = results.seconds(folder, runs), environment(folder, found, runs, command)
-    workdir.write(folder / "result.json", json.dumps(found, indent=1) + "\n")
+    workdir.write(folder / "result.json", json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
     workdir.write(folder / "result.md", markdown(found))
     workdir.write(folder / "seconds.json", json.dumps(spent, indent=1) + "\n")
     workdir.write(folder / "environment.json", json.dumps(made, indent=1) + "\n")
     workdir.write(folder / "report.html", page(folder, found, asked, solved, runs, spent, made))
+
+
+def _finite(value):
+    """-> the same with None in the place of what is not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment(folder: Path, found: dict, runs: list[Run], command: str) -> dict:
@@ -108,7 +119,7 @@ def verdicts(found: dict) -> list[str]:
         values = [pair["mean"], pair["low"], pair["high"]]
         p = "" if pair["p"] is None else ", p < 0.001" if pair["p"] < 0.001 else f", p = {pair['p']:.2g}"
         star = " *" if pair["stands_among_all"] else ""
-        middle = "and" if pair["verdict"] in (compare.NEITHER, compare.ALONE) else "against"
+        middle = "and" if pair["verdict"] in (compare.NEITHER, compare.ALONE, compare.LOST) else "against"
         out.append(f"{pair['one']} {middle} {pair['other']}: {pair['verdict']}{star}, {number(values, '+')}{p}")
     return out
 
@@ -123,7 +134,8 @@ def lede(found: dict) -> str:
     against = []
     for pair in pairs:
         pair = pair if pair["other"] == reference else results.turned(pair)
-        is_ = {compare.ALONE: "was run with one seed and is not judged against"}.get(
+        is_ = {compare.ALONE: "was run with one seed and is not judged against",
+               compare.LOST: "has a value that is not finite, or has its reference, and is not judged against"}.get(
             pair["verdict"], f"is {pair['verdict']} {'from' if pair['verdict'] == compare.NEITHER else 'than'}")
         by = f": {number([pair['mean'], pair['low'], pair['high']], '+')}" if pair["p"] is not None else ""
         against.append(f"{pair['one']} {is_} {reference}{by}")
@@ -142,11 +154,23 @@ def ledger(found: dict) -> str:
 
 
 def table(found: dict) -> list[str]:
-    lines = [heads(found), ["---"] * len(heads(found)), *([name, *cells] for name, cells in rows(found))]
+    return _markdown([heads(found), ["---"] * len(heads(found)), *([name, *cells] for name, cells in rows(found))])
+
+
+def _markdown(lines: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-BUDGET = ("parameters", "steps", "FLOPs, full", "FLOPs, causal", "text tokens", "pictures", "off")
+def losses(found: dict) -> tuple[list[str], list[list[str]]]:
+    """-> (head, rows) of the held-out loss with a record's own media, and of what the baselines say of theirs: whether
+    exchanged media raise it."""
+    there = {name: one["loss"] for name, one in found["variants"].items() if one.get("loss")}
+    names = list(dict.fromkeys(x for one in there.values() for x in one))
+    head = ["variant", *(f"{called(x)}, nats a token" for x in names)]
+    return head, [[name, *(number(one.get(x)) for x in names)] for name, one in there.items()]
+
+
+BUDGET = ("parameters", "trained", "steps", "FLOPs, full", "FLOPs, causal", "text tokens", "pictures", "off")
 
 
 def budget_cells(one: dict) -> list[str]:
@@ -156,7 +180,8 @@ def budget_cells(one: dict) -> list[str]:
     own = " (it says this itself)" if one["fixed_by_itself"] else ""
     before = ", ".join(f"{stage['budget']['steps']:,}" for stage in one["before"])
     steps = f"{b['steps']:,}" + (f" ({before} of them before)" if before else "")
-    return [f"{b['params']:,}", steps, *work, *counts, f"{one['off']:+.2%}{own}"]
+    trained = "" if b["trained"] is None else f"{b['trained']:,}"
+    return [f"{b['params']:,}", trained, steps, *work, *counts, f"{one['off']:+.2%}{own}"]
 
 
 def markdown(found: dict) -> str:
@@ -165,10 +190,13 @@ def markdown(found: dict) -> str:
     differs = [f"- {name}: " + (", ".join(f"{key} {a!r} to {b!r}" for key, (a, b) in one["differs_in"].items()) or
                f"{found['reference']} itself") for name, one in found["variants"].items()]  # fmt: skip
     failed = [f"- {name}: {error}" for name, error in found["errors"].items()]
+    head, of_loss = losses(found)
+    lost = _markdown([head, ["---"] * len(head), *of_loss])
     return "\n".join([
         f"# {found['question']}", "", lede(found), "", *table(found), "",
         f"Intervals are 95 % of the mean over seeds. {found['runs_done']} of {found['runs']} runs are done.", "",
         *(["## Failed", "", *failed, ""] if failed else []),
+        *([f"Loss on {found['split']}:", "", *lost, ""] if of_loss else []),
         "## Pairs", "", plain(how(found)), "", *(f"- {line}" for line in verdicts(found)), "",
         "## Budgets", "", plain(budget_note(found)), "", *budgets, "",
         f"## What differs from {found['reference']}", "", *differs, *(f"- {line}" for line in stages(found)), "",
@@ -228,6 +256,7 @@ def page(folder: Path, found: dict, asked, solved: dict[str, Solved], runs: list
         marks_note=f"; grey: {', '.join(map(called, baselines))}" if baselines else "",
         dots=ablation_plots.dots(found) or "", table=_table(heads(found), [[n, *c] for n, c in rows(found)]),
         how=how(found), matrix=matrix(found), verdicts="".join(f"<li>{_(line)}</li>" for line in verdicts(found)),
+        losses=_table(*losses(found)) if losses(found)[1] else "",
         of_kinds="" if _kinds(found) else "hidden", kinds=_kinds(found),
         budget_note=_(budget_note(found)),
         budgets=_table(["variant", *BUDGET, "minutes a run"], [

@@ -18,8 +18,8 @@ import numpy as np
 from experiments.variants import BEFORE
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, plan, sharding, train
-from gpt4v_jax.interop import hf
 from gpt4v_jax.model import flops
+from gpt4v_jax.training import optim
 
 MATCH = {  # what is made equal -> the key that is solved for
     "flops": "steps", "text_tokens": "steps", "images": "steps", "steps": "steps",
@@ -40,6 +40,7 @@ class Budget:
     positions: int  # of the stream, padding among them
     text_tokens: int | None = None
     images: int | None = None
+    trained: int | None = None  # of the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +80,27 @@ def budget(run: config.Config, data: bool = True) -> Budget:
         run, text, images = plan.with_vocabulary(run)[0], None, None
     layout = batch_lib.layout(run.model, run.data)
     full, causal = (run.steps * flops.train_step(run.model, layout, run.batch, count) for count in (False, True))
-    return Budget(_params(run.model), run.steps, full, causal, run.steps * run.batch * run.model.context, text, images)
+    params, trained = _params(run.model, run.optim, run.lora)
+    positions = run.steps * run.batch * run.model.context
+    return Budget(params, run.steps, full, causal, positions, text, images, trained)
 
 
 def total(stages: list[Budget]) -> Budget:
-    """-> the budget of runs one after the other; parameters are the last one's."""
+    """-> the budget of runs one after the other; parameters, and how many are trained, are the last one's."""
 
     def add(name: str) -> int | None:
         each = [getattr(one, name) for one in stages]
         return None if None in each else sum(each)
 
-    names = [field.name for field in dataclasses.fields(Budget) if field.name != "params"]
-    return Budget(stages[-1].params, **{name: add(name) for name in names})
+    names = [field.name for field in dataclasses.fields(Budget) if field.name not in ("params", "trained")]
+    return dataclasses.replace(stages[-1], **{name: add(name) for name in names})
 
 
 @functools.lru_cache(maxsize=256)
-def _params(model: config.Model) -> int:
-    return sum(flops.parameters(hf.abstract_params(model)).values())
+def _params(model: config.Model, optim_: config.Optim, lora: config.LoRA) -> tuple[int, int]:
+    """-> how many there are, LoRA's among them, and how many of them are trained."""
+    params = plan.abstract_params(model, lora)
+    return sum(flops.parameters(params).values()), optim.moving(optim_, lora, params)
 
 
 _READ: dict[tuple, Rows] = {}  # variants that read the same are read once
@@ -105,7 +110,7 @@ def read(run: config.Config) -> Rows:
     """Opens the run's data as training does, so that what is wrong with them is said before anything runs."""
     if run.init_from.run == BEFORE:  # nothing is there yet to be read
         run = dataclasses.replace(run, init_from=config.InitFrom())
-    key = run.seed, run.data, run.eval, run.init_from, batch_lib.layout(run.model, run.data)
+    key = run.seed, run.data, run.objective, run.eval, run.init_from, batch_lib.layout(run.model, run.data)
     if key not in _READ:
         _READ[key] = _rows(train.open_stream(run, Path("none"), sharding.make_mesh(config.Mesh()), resumes=False))
     return _READ[key]
@@ -178,8 +183,8 @@ def _nearest(run: config.Config, match: str, target: int, data: bool) -> config.
         return budget(run, data).params
 
     wide = _closest(lambda k: with_width(run, k * unit), run.model.axes, params, target)
-    if abs(params(wide) / target - 1) <= LIMIT:
-        return wide
+    if abs(params(wide) / target - 1) <= LIMIT or run.model.backbone.hidden != 4 * run.model.backbone.width:
+        return wide  # a hidden size of its own stays
     return _closest(lambda k: with_hidden(wide, k), 1, params, target)  # widths are too far apart
 
 

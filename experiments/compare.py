@@ -21,6 +21,7 @@ from scipy import stats
 
 LEVEL = 0.05
 BETTER, WORSE, NEITHER, ALONE = "better", "worse", "not distinguishable", "one seed: not judged"
+LOST = "not finite: not judged"
 
 
 class Mean(NamedTuple):
@@ -32,7 +33,8 @@ class Mean(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """One variant less another. p: two-sided, that they are the same; None with a single seed, as are the others."""
+    """One variant less another. p: two-sided, that they are the same; None with a single seed, or where a value is not
+    finite, as are the others."""
 
     mean: float
     low: float | None = None
@@ -46,7 +48,7 @@ class Difference(NamedTuple):
 def over_seeds(values: Sequence[float]) -> Mean:
     """-> the mean of one value a seed and its interval by Student's t: what another seed's mean would be like."""
     n, mean = len(values), float(np.mean(values))
-    if n < 2:
+    if n < 2 or not math.isfinite(mean):
         return Mean(mean)
     half = float(stats.t.ppf(1 - LEVEL / 2, n - 1) * np.std(values, ddof=1) / n**0.5)
     return Mean(mean, mean - half, mean + half)
@@ -58,7 +60,7 @@ def difference(one: Sequence[float], other: Sequence[float], right: tuple[np.nda
     order; records [items]: whose each is, None: each is one of its own. Without `right` only seeds count."""
     each = np.asarray(one, float) - np.asarray(other, float)
     mean, seeds = float(each.mean()), len(each)
-    if seeds < 2:
+    if seeds < 2 or not math.isfinite(mean):
         return Difference(mean)
     by_seeds, by_items, clusters = float(each.var(ddof=1)) / seeds, 0.0, 0
     if right is not None:
@@ -86,6 +88,8 @@ def _over_items(differences: np.ndarray, records: np.ndarray | None) -> tuple[fl
 
 def verdict(found: Difference, least_is_best: bool = False) -> str:
     """-> BETTER, WORSE or NEITHER, by whether the interval leaves out 0."""
+    if not math.isfinite(found.mean):
+        return LOST
     if found.p is None:
         return ALONE
     if found.low <= 0 <= found.high:

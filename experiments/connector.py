@@ -19,7 +19,7 @@ VARIANTS = {
     "resampler": {"model.fusion.kind": "resampler", "model.fusion.tokens": 9, **NINE},
 }
 COMMON = {"model.image.patch": 12, "data.image.per_row": 4}
-TOY = sizes.TOY | sizes.TOY_ENCODER | COMMON | {"steps": 700, "save_every": 350, "eval.every": 350}
+TOY = sizes.SHORT | sizes.TOY_ENCODER | COMMON
 PAPER = {name: VARIANTS[name] for name in ("linear", "mlp2x_gelu")}  # PaliGemma's comparison
 SMOKE = sizes.SMOKE | sizes.SMOKE_ENCODER
 SIZES = {

@@ -12,7 +12,7 @@ from experiments import sizes, sweep
 
 SIZES = {
     "toy": sweep.Sweep(
-        sizes.BASE, {"raw": {}, "encoder_1": sizes.encoder(1, 128, 4), "encoder_2": sizes.TOY_ENCODER}, sizes.TOY,
+        sizes.BASE, {"raw": {}, "encoder_1": sizes.encoder(1, 128, 4), "encoder_2": sizes.TOY_ENCODER}, sizes.SHORT,
         smoke=sizes.SMOKE,
     ),
     "small": sweep.Sweep(

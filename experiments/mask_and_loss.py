@@ -18,7 +18,7 @@ VARIANTS = {
     "prefix_lm_all_text": {"model.fusion.kind": "prefix_lm", **ALL_TEXT},
 }
 SIZES = {
-    "toy": sweep.Sweep(sizes.BASE, VARIANTS, sizes.TOY, smoke=sizes.SMOKE),
+    "toy": sweep.Sweep(sizes.BASE, VARIANTS, sizes.TOY | {"steps": 500, "eval.every": 250}, smoke=sizes.SMOKE),
     "small": sweep.Sweep(sizes.BASE, VARIANTS, sizes.SMALL, smoke=sizes.SMOKE),
     "paper": sweep.Sweep(sizes.BASE, VARIANTS, sizes.PALIGEMMA, plan_only=True),
 }

@@ -22,6 +22,7 @@ from gpt4v_jax.eval import common
 from gpt4v_jax.training import metrics, steps
 
 LEAST = r"loss.*|wer"  # metrics of which the least is the best
+BY_KIND = ("retrieval", "zero_shot", "embedding")  # evaluators whose items are not in the records' order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,12 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One run's results. values: {evaluator: the metric}; right: of the question's evaluator, in the items' order."""
+    """One run's results. values: {evaluator: the metric}; losses: the same of what each says of its loss; right: of the
+    question's evaluator, in the items' order."""
 
     step: int  # of the checkpoint that was evaluated
     values: dict[str, float]
+    losses: dict[str, float]
     kinds: dict[str, tuple[int, int]]
     right: np.ndarray
     loss: float  # of the last training step
@@ -69,7 +72,7 @@ def find(folder: Path, run: lanes.Run, asked: Question) -> Found | None:
     """-> a run's results; None where it is not done."""
     if lanes.said(folder, run.name).get("state") != "done":
         return None
-    values, main = {}, None
+    values, losses, main = {}, {}, None
     for evaluator in (asked.evaluator, *asked.baselines):
         short, data_set = eval_lib.named(evaluator)
         several = len(mixture.entries(run.config.data)) > 1
@@ -79,13 +82,15 @@ def find(folder: Path, run: lanes.Run, asked: Question) -> Found | None:
         result = common.Result(**json.loads(path.read_text()))
         if asked.metric in result.metrics:
             values[evaluator] = float(result.metrics[asked.metric])
+        if "loss" in result.metrics and asked.metric != "loss":
+            losses[evaluator] = float(result.metrics["loss"])
         main = main or (step, result)
     step, result = main
     if asked.evaluator not in values:
         raise config.InputError(f"{asked.evaluator} gives no {asked.metric!r}, but {', '.join(result.metrics)}")
     loss = float(lanes.last_line(folder, run.name).get("loss", np.nan))
     right = np.array(result.right, bool) if asked.metric == "accuracy" else np.array([], bool)
-    return Found(step, values, {kind: tuple(n) for kind, n in sorted(result.kinds.items())}, right, loss)
+    return Found(step, values, losses, {kind: tuple(n) for kind, n in sorted(result.kinds.items())}, right, loss)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -93,7 +98,10 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def records(run: config.Config, asked: Question, items: int) -> np.ndarray | None:
-    """-> [items] whose each question is, from the split's records; None where they do not say it."""
+    """-> [items] whose each question is, from the split's records; None where they do not say it, or where an evaluator
+    goes by kinds, not by records."""
+    if eval_lib.named(asked.evaluator)[0] in BY_KIND:
+        return None
     try:
         data = mixture.one(run, eval_lib.named(asked.evaluator)[1]).data
         split = sources.open_split(dataclasses.replace(data, limit=0), asked.split)
@@ -141,6 +149,8 @@ def _variant(found: dict[int, Found | None], one: Solved, reference: Solved) -> 
     if seeds:
         names = list(next(iter(seeds.values())).values)
         out["mean"] = {name: list(compare.over_seeds([f.values[name] for f in seeds.values()])) for name in names}
+        out["loss"] = {name: list(compare.over_seeds([f.losses[name] for f in seeds.values()]))
+                       for name in next(iter(seeds.values())).losses}  # fmt: skip
         kinds = next(iter(seeds.values())).kinds
         out["kinds"] = {
             kind: float(np.mean([f.kinds[kind][0] / f.kinds[kind][1] for f in seeds.values()])) for kind in kinds

@@ -5,7 +5,7 @@ python -m experiments.stages --workdir runs/stages [--size toy|small] [--jobs 2]
 LLaVA (Liu et al. 2023) has two stages: what reads pictures is aligned to a frozen language model, then both are
 trained. Prismatic (Karamcheti et al. 2024, arXiv 2402.07865, section 4.1): one stage does as well and saves 20 to 25 %
 of the compute. PaliGemma (Beyer et al. 2024, arXiv 2407.07726, section 5): it is best when nothing is frozen. Here the
-language model is one of captions (configs/two_stage.py), and what it takes counts: all have the same FLOPs together.
+language model has read scenes in words, with questions; what that takes counts: all have the same FLOPs together.
 FLOPs are counted as if nothing were frozen, so stages with frozen parts are charged a little more than they take.
 """
 

@@ -24,16 +24,22 @@ from gpt4v_jax.training import workdir
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
 _SPLITS = flags.DEFINE_list("split", None, "splits, comma-separated; otherwise all but train")
 _EVALUATORS = flags.DEFINE_list("evaluator", None, "evaluators, comma-separated; otherwise the config's and `counted`")
+_PROMPTS = flags.DEFINE_multi_string(
+    "prompt", None, 'of zero_shot, such as "a picture of {}"; several: the mean of their vectors; else eval.prompts'
+)
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "this is one of several processes: docs/cluster.md", allow_override=True
 )
 
 
-def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int | None = None) -> dict[str, dict]:
+def evaluate(folder: Path, splits: list[str], evaluators: list[str], step: int | None = None,
+             prompts: tuple[str, ...] = ()) -> dict[str, dict]:  # fmt: skip
     """-> {split: {evaluator: Result}}, each also written to the workdir. Empty lists: see the flags."""
     trained = workdir.restore(folder, step)
     run, results = trained.run, {}
+    if prompts:
+        run = dataclasses.replace(run, eval=dataclasses.replace(run.eval, prompts=prompts))
     names = [entry.name for entry in mixture.entries(run.data)]
     for evaluator in evaluators:
         mixture.one(run, eval_lib.named(evaluator)[1])  # it says so where there is no such data set
@@ -114,7 +120,8 @@ def table(split: str, by_name: dict[str, common.Result]) -> rich.table.Table:
 
 def main() -> None:
     with sharding.distributed(_DISTRIBUTED.value):
-        results = evaluate(Path(_WORKDIR.value), _SPLITS.value or [], _EVALUATORS.value or [], _STEP.value)
+        results = evaluate(Path(_WORKDIR.value), _SPLITS.value or [], _EVALUATORS.value or [], _STEP.value,
+                           tuple(_PROMPTS.value or ()))  # fmt: skip
     width = None if sys.stdout.isatty() else 160  # a log has room for every number
     console = rich.console.Console(highlight=False, width=width, quiet=not sharding.is_first())
     for split, by_name in results.items():

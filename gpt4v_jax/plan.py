@@ -157,13 +157,17 @@ def with_vocabulary(run: config.Config) -> tuple[config.Config, list[str]]:
     return run, [f"vocabulary  {vocab:,}: {source}"]
 
 
+def abstract_params(model: config.Model, lora_: config.LoRA) -> Any:
+    """-> the tree of a run's parameters, LoRA's among them, as shapes and dtypes; nothing is computed."""
+    params = flax.traverse_util.unflatten_dict(hf.abstract_params(model), sep="/")
+    return jax.eval_shape(lambda params: lora.added(params, lora_, 0), params)
+
+
 def plan_run(run: config.Config) -> list[Any]:
     """-> what the command prints of a run's model and work: a table, and lines."""
     run, vocabulary = with_vocabulary(run)
     layout = batch_lib.layout(run.model, run.data)
-    costs_of, params = costs(run.model, layout), hf.abstract_params(run.model)
-    params = flax.traverse_util.unflatten_dict(params, sep="/")
-    params = jax.eval_shape(lambda params: lora.added(params, run.lora, run.seed), params)
+    costs_of, params = costs(run.model, layout), abstract_params(run.model, run.lora)
     if run.lora.rank:
         costs_of["lora"] = Cost(flops.parameters(params)["lora"])
     whole, moving = total(costs_of), optim.moving(run.optim, run.lora, params)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 # What matplotlib draws with -> the page's colours, so that plots follow light and dark.
-COLOURS = {f"#0{i}0{i}0{i}": name for i, name in enumerate(("ink", "faint", "line", *"abcdefg"), 1)}
+COLOURS = {f"#{i:02x}{i:02x}{i:02x}": name for i, name in enumerate(("ink", "faint", "line", *"abcdefg"), 1)}
 INK, FAINT, LINE, A, B, C, D, E, F, G = COLOURS
 DASHES = ("-", "--", "-.", ":")
 

@@ -103,12 +103,18 @@ def main(kind: str):
         kind if kind in config.FUSIONS else "concat", every=1, tokens=3,
         connector="pixel_shuffle" if kind == "pixel_shuffle" else "linear",
     )  # fmt: skip
+    clips, sounds = config.Video(), config.Audio()
+    texts = [("I U2 A3", "U1 I A2"), ("U3 A8 U1 A2",), ("I I U1 A5",), ("U1 A9",)]
+    if kind in config.FUSIONS:  # every kind with all media
+        clips = config.Video(size=4, patch=2, frames=4, tubelet=2)
+        sounds = config.Audio(bins=3, patch=2, seconds=0.1)
+        texts = [("I U2 A3", "U1 I A2"), ("V U1 A5",), ("I I U1 A5",), ("S U1 A9",)]
     model = config.Model(vocab=tiny.VOCAB, context=24, tied=False, embed_norm=True, backbone=block, image=image,
-                         fusion=fusion)  # fmt: skip
+                         video=clips, audio=sounds, fusion=fusion)  # fmt: skip
     lora = config.LoRA(rank=4 if kind == "lora" else 0, also="^head/" if kind == "lora" else "")
     run = config.Config(batch=rows, model=model, optim=optimizer, compute=compute, lora=lora)
     module = GPT4V(model, tiny.make_module(model).layout, compute)
-    texts = [("I U2 A3", "U1 I A2"), ("U3 A8 U1 A2",), ("I I U1 A5",), ("U1 A9",)] * (rows // 4)
+    texts *= rows // 4
     batches = [tiny.rows(module.layout, *texts[i % 4 :], *texts[: i % 4]) for i in range(4)]
     rng = np.random.default_rng(0)
     for batch in batches:

@@ -144,8 +144,12 @@ class Eval:
     best_mode: str = "max"  # max | min
     evaluators: tuple[str, ...] = ()  # names of gpt4v_jax.eval.EVALUATORS
     split: str = "validation"  # of the evaluations during training; many sets of TFDS have "test" alone
+    prompts: tuple[str, ...] = ()  # of zero_shot, such as "a picture of {}": what an answer is put into; (): nothing
 
     def __post_init__(self):
+        for prompt in self.prompts:
+            if prompt.count("{}") != 1 or set("{}") & set(prompt.replace("{}", "")):
+                raise InputError(f"prompts: {prompt!r} must have one {{}}, the answer's place, and no other braces")
         one_of("best_mode", self.best_mode, ("max", "min"))
         at_least(0, every=self.every, limit=self.limit)
         at_least(1, batch=self.batch)

@@ -104,6 +104,8 @@ def masked(document: Document, rng, share: float, mask: int, words: np.ndarray) 
 def prefix(document: Document, rng) -> Document:
     """The prefix language model (Raffel et al. 2020, sec. 3.2.2): what lies before a place drawn evenly is one block
     and only read, what follows is causal and learnt."""
+    if len(document) < 2:
+        raise config.InputError("data.objective='prefix' in windows of 1 token: raise data.window or model.context")
     cut = int(rng.integers(1, len(document)))
     ar, weight = document.ar.copy(), document.weight.copy()
     ar[1:cut], weight[: cut - 1] = False, 0

@@ -1,5 +1,8 @@
 """Media and texts in one space (objective.contrastive): labels by the nearest text, and retrieval both ways."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from gpt4v_jax import config, sharding
@@ -8,9 +11,13 @@ from gpt4v_jax.eval import common, retrieval
 
 
 class Pairs:
-    """Each record's media and its answer of one kind; of the kind "caption" where records have captions, the first."""
+    """Each record's media and its answer of one kind; of the kind "caption" where records have captions, the first.
 
-    def __init__(self, conversations: sources.Conversations, kind: str):
+    said(answer) -> the tokens that stand in the answer's place; None: its own.
+    """
+
+    def __init__(self, conversations: sources.Conversations, kind: str,
+                 said: Callable[[str], Sequence[int]] | None = None):  # fmt: skip
         self.layout, self.special, self.read = conversations.layout, conversations.special, conversations.read
         self.items: list[tuple[int, tuple[chat.Medium, ...], records.Turn]] = []  # (record, media, text)
         for r, record in enumerate(conversations.records):
@@ -19,6 +26,7 @@ class Pairs:
                 turns = [(0, turn) for turn in record.captions[:1]] or turns
             for t, turn in turns:
                 found = record.before(t + 1) if record.ordered else record.media
+                turn = dataclasses.replace(turn, answer_ids=tuple(said(turn.answer))) if said else turn
                 self.items += [(r, found, turn)] if found else []
 
     def _pieces(self, i: int):
@@ -67,9 +75,15 @@ def _of_kinds(subject: common.Subject):
 
 
 def zero_shot(subject: common.Subject) -> common.Result:
-    """Each record's media against every different text of its kind: the share whose own text is the nearest."""
+    """Each record's media against every different text of its kind: the share whose own text is the nearest.
+
+    With eval.prompts, such as "a picture of {}", the text's vector is the mean of those of its prompts, of length 1
+    (CLIP, Radford et al. 2021, sec. 3.1.4).
+    """
     counts, right, whose, metrics = {}, [], [], {}
     for kind, pairs, said, (media, texts, there) in _of_kinds(subject):
+        if subject.run.eval.prompts:
+            texts, there = _prompted(subject, kind)
         first = {text: i for i, text in reversed(list(enumerate(said))) if there[i]}  # the same vector each time
         names = sorted(first)
         nearest = (media @ texts[[first[name] for name in names]].T).argmax(1) if names else np.zeros(len(said), int)
@@ -79,6 +93,18 @@ def zero_shot(subject: common.Subject) -> common.Result:
         whose += [r for r, _, _ in pairs.items]
     metrics |= {"accuracy": float(np.mean(right))} | common.by_record(np.array(right), np.array(whose))
     return common.Result(metrics, counts, tuple(right))
+
+
+def _prompted(subject: common.Subject, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """-> (of each answer the mean of its prompts' vectors [n,E], which of them could be read with all prompts [n])."""
+    total, there = 0.0, True
+    for prompt in subject.run.eval.prompts:
+        def said(answer, prompt=prompt):
+            return subject.tokenizer.encode(prompt.format(answer))
+
+        _, texts, read = embedded(subject, Pairs(subject.source, kind, said))
+        total, there = total + texts, there & read
+    return total / np.maximum(np.linalg.norm(total, axis=-1, keepdims=True), 1e-12), there
 
 
 def recall(subject: common.Subject) -> common.Result:

@@ -81,8 +81,8 @@ class Resampler(_Fusion):
 
 class QFormer(Resampler):
     """A resampler whose queries read the prompt, too (BLIP-2, Li et al. 2023; InstructBLIP, Dai et al. 2023): the text
-    of the medium's own block, which is the user's and never trained; as embeddings, so that under rope its order is not
-    known."""
+    of the medium's own block, which is the user's and never trained (of a masked document, which is one block, what its
+    positions themselves see of it); as embeddings, so that under rope its order is not known."""
 
     reads_prompt = True
 

@@ -1,5 +1,8 @@
 """Labels and retrieval in the space of media and texts: vectors whose neighbours are known; a run with all of it."""
 
+import dataclasses
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from gpt4v_jax.data import files, sources
 from gpt4v_jax.eval import embedding
 from gpt4v_jax.training import checkpoint, metrics
 from tests.data.test_media import png
-from tests.eval.test_retrieval import subject
+from tests.eval.test_retrieval import TOKENIZER, subject
 from tests.test_train import Killed
 
 EYE = np.eye(8, dtype=np.float32)
@@ -38,6 +41,26 @@ def test_zero_shot(monkeypatch):
     lost = found(monkeypatch, embedding.zero_shot, ["a", "b", "a", "d"], texts, texts, lost=(0, 3))
     assert lost.right == (False, True, True, False), "what cannot be read is wrong, and its text stays if others say it"
     assert found(monkeypatch, embedding.zero_shot, ["a"], EYE[:1], EYE[:1], lost=(0,)).right == (False,)
+
+
+def test_zero_shot_by_prompts(monkeypatch):
+    """An answer's vector is the mean of its prompts', of length 1; here the answers' own would all be wrong."""
+    given = subject(["a", "b"])
+    run = dataclasses.replace(given.run, eval=config.Eval(prompts=("one {}", "{}, two")))
+    asked = types.SimpleNamespace(**vars(given) | {"run": run, "tokenizer": TOKENIZER})
+    vectors = {"one a": EYE[0], "a, two": EYE[0], "one b": EYE[1], "b, two": EYE[2]}
+    # The second picture is 0.7 of "b" and 0.6 of "a"; by sums 1 and 1.2, by one prompt of "b" 0.5.
+    media = np.stack([EYE[0], 0.6 * EYE[0] + 0.7 * 0.5**0.5 * (EYE[1] + EYE[2])])
+
+    def embedded(_, pairs):
+        said = [TOKENIZER.decode(turn.answer_ids) for _, _, turn in pairs.items]
+        return media, np.stack([vectors.get(text, -media[i]) for i, text in enumerate(said)]), np.ones(2, bool)
+
+    monkeypatch.setattr(embedding, "embedded", embedded)
+    assert embedding.zero_shot(asked).right == (True, True)
+    for bad in ("a picture", "{} and {}", "{x}", "{} {0}"):
+        with pytest.raises(config.InputError, match="must have one {}"):
+            config.Eval(prompts=(bad,))
 
 
 def test_recall(monkeypatch):

@@ -128,3 +128,26 @@ def test_text_that_an_encoder_reads_counts(asked):
     given = asked({kind: {"model.fusion.kind": kind} for kind in ("concat", "cross_attention", "encoder_decoder")})
     text = {name: budget.read(runs[-1] if isinstance(runs, tuple) else runs).text[-1] for name, runs in given.items()}
     assert len(set(text.values())) == 1, text
+
+
+def test_lora_counts_as_parameters_and_what_is_trained_is_told(asked):
+    given = asked({"whole": {}, "lora": {"lora.rank": 2}, "frozen": {"optim.frozen": "^backbone/"}})
+    whole, lora, frozen = (budget.budget(*runs) for runs in given.values())
+    assert whole.trained == whole.params == frozen.params > frozen.trained > 0
+    block = given["whole"][0].model.backbone
+    matrices = [(block.width, block.heads * block.head_dim)] * 4 + [(block.width, block.hidden)] * 2
+    assert lora.params - whole.params == lora.trained == block.depth * sum(2 * (a + b) for a, b in matrices)
+
+
+def test_pairs_are_read_as_documents_of_their_own(asked):
+    """What a row plan holds depends on the objective, too."""
+    given = asked({"answers": {"model.embed": 8}, "pairs": {"model.embed": 8, "objective.contrastive": 1.0}})
+    answers, pairs = (budget.read(*runs) for runs in given.values())
+    assert pairs.images[-1] > answers.images[-1] and pairs.text[-1] > answers.text[-1]
+
+
+def test_a_hidden_size_of_its_own_is_not_solved_for(asked):
+    coarse = {"model.backbone": {"heads": 16, "width": 96, "depth": 2, "hidden": 100}, "model.axes": 3}
+    given = asked({"small": {"model.backbone": {"width": 256, "depth": 1}}, "coarse": coarse})
+    with pytest.raises(config.InputError, match="coarse: model.backbone.width=.* is the nearest"):
+        budget.solve(given, "params", "small", dict.fromkeys(given, False))

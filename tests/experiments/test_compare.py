@@ -76,3 +76,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say(spread):
         found = compare.difference(one.mean(1), other.mean(1), (one, other), whose)
         held += found.low <= 0 <= found.high
     assert 0.917 <= held / runs <= 0.99
+
+
+def test_what_is_not_finite_is_not_judged():
+    """Of NaN every comparison is false: neither better nor worse, whatever is best, and it stands among no others."""
+    for lost in (float("nan"), float("inf")):
+        found = compare.difference([0.5, lost, 0.5], [0.4, 0.4, 0.4])
+        assert found.p is found.low is None
+        assert {compare.verdict(found), compare.verdict(found, least_is_best=True)} == {compare.LOST}
+        assert compare.holm([found.p, 0.001]) == [False, True]
+        assert compare.over_seeds([0.5, lost]).low is None

@@ -16,6 +16,7 @@ import pytest
 
 from experiments import ablation_plots, ablation_report, child, lanes, results, sweep
 from gpt4v_jax import config
+from gpt4v_jax.data import sources
 from gpt4v_jax.training import lock
 from tests.experiments import fake
 from tests.test_report import Page
@@ -220,7 +221,7 @@ def test_bad_input_is_said_before_anything_runs(ran, tmp_path, capsys):
 
 
 def test_the_page(ran, tmp_path):
-    wide = {f"w{w}": {"model.backbone.width": w} for w in (32, 16, 64)}
+    wide = {f"w{w}": {"model.backbone.width": w} for w in (32, 16, 64, 24, 40, 48, 56)}  # one more than colours
     assert ran(tmp_path, variants=wide, seeds=3, common={"steps": 20}, plots=True) == 0
     text = (tmp_path / "report.html").read_text()
     page, found = Page(text), json.loads((tmp_path / "result.json").read_text())
@@ -236,7 +237,8 @@ def test_the_page(ran, tmp_path):
     assert len(plots) == 2 + 2 * 5, "dots, differences; loss and accuracy against five axes"
     style = text[: text.index("</style>")]
     assert all(f"--{name}:" in style for plot in plots for name in re.findall(r"var\(--(\w+)\)", plot))
-    assert page.words.count("less w16") == 1 and text.count('class="better"') == text.count('class="worse"') == 3
+    assert page.words.count("less w16") == 1 and text.count('class="better"') == text.count('class="worse"') > 9
+    assert "nats a token" in words and "1.000 (1.000 to 1.000)" in words
     for name, one in found["variants"].items():
         mean, low, high = one["mean"]["questions"]
         assert f"{mean:.3f} ({low:.3f} to {high:.3f})" in words
@@ -245,6 +247,32 @@ def test_the_page(ran, tmp_path):
         assert shown in words
     template = string.Template(Path(ablation_report.__file__).with_name("ablation.html").read_text())
     assert not [name for name in template.get_identifiers() if f"${name}" in text], "a place that was not filled"
+
+
+def test_a_value_that_is_not_finite(ran, tmp_path, monkeypatch):
+    """It is neither better nor worse, and result.json stays JSON."""
+    evaluate = fake.Runner._evaluate
+
+    def lost(self, folder, run, name, k):
+        evaluate(self, folder, run, name, k)
+        path = folder / "eval" / name / f"{run.steps}.json"
+        if folder.name == "wide-1":
+            path.write_text(path.read_text().replace('"loss": 1.0', '"loss": NaN'))
+
+    monkeypatch.setattr(fake.Runner, "_evaluate", lost)
+    assert ran(tmp_path, metric="questions/loss") == 0
+    found = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    [pair] = found["pairs"]
+    assert (pair["verdict"], pair["p"], pair["stands_among_all"]) == ("not finite: not judged", None, False)
+    assert found["variants"]["wide"]["mean"]["questions"] == [None] * 3
+    assert "not finite" in (tmp_path / "result.md").read_text()
+
+
+def test_items_that_go_by_kinds_are_in_no_records_order(digits_world):
+    items = sum(len(sources.asked(record)) for record in sources.open_split(digits_world, "test"))
+    for metric, known in (("questions/accuracy", True), ("retrieval/accuracy", False)):
+        whose = results.records(config.Config(data=digits_world), results.question(metric, "test", ()), items)
+        assert (whose is not None) == known
 
 
 def test_lanes_share_the_cores(monkeypatch):

@@ -4,6 +4,7 @@ counts of positions, every modality, blocks computed otherwise, bad input."""
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
+from gpt4v_jax.data import chat, packing
 from gpt4v_jax.model import attention, media
+from gpt4v_jax.model.backbone import Block
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import objectives
 from gpt4v_jax.training import step as step_lib
@@ -167,12 +170,54 @@ def test_merged_patches_against_numpy(mean):
 
 
 def test_native_pictures_are_merged_in_the_stream():
-    """A picture that moves only its own document, beside another of another shape."""
+    """A picture moves only its own document, from where it stands on, beside another of another shape."""
     image = {"size": 8, "resize": "native"}
     module, params = tiny.make_model(tiny.make_config(context=32, image=image, fusion={"connector": "pixel_shuffle"}))
     layout = module.layout
     assert [layout.count("image", shape) for shape in ((8, 8), (8, 2), (6, 8), (2, 2))] == [4, 2, 4, 1]
     assert layout.encoded("image") == 2 * 4 and layout.budget("image") == (2, 32)
+    pictures = [chat.Piece("user", medium=chat.Medium("image", k, shape)) for k, shape in enumerate([(8, 8), (6, 2)])]
+    made = [chat.document([one, *tiny.pieces("U1 A2")], tiny.SPECIAL, layout) for one in pictures]
+    batch = packing.stack([packing.fill(made, tiny.reader(layout), layout)])
+    before, step = np.asarray(forward(module, params, batch)[0]), np.cumsum(batch.ar[0])
+    for number, at in enumerate(batch.image.at[0], 1):
+        patch = np.where((batch.image.item == number)[..., None], 255 - batch.image.patch, batch.image.patch)
+        after = np.asarray(forward(module, params, batch.replace(image=batch.image.replace(patch=patch)))[0])
+        expected = (batch.document[0] == number) & (step >= step[at])
+        np.testing.assert_array_equal((after != before).any(-1), expected)
+
+
+class Encoded(nn.Module):
+    """media.encoded, as an embedder has it."""
+
+    config: config.Image
+    inject: int = 0
+
+    @nn.compact
+    def __call__(self, x, media_):
+        return media.encoded(self.config, x, media_, config.Compute(), self.inject)
+
+
+def test_which_layers_are_taken():
+    """`layer` leaves out the blocks behind it and the last norm; what is injected are results of earlier blocks."""
+    block = config.Backbone(depth=3, width=8, heads=2)
+    image = config.Image(size=4, patch=2, encoder=block)
+    x, item = jax.random.normal(jax.random.key(0), (1, 4, 8)), jnp.ones((1, 4), jnp.int32)
+    only = batch_lib.Media(x, jnp.zeros((1, 4, 3), jnp.int32), item, item[:, :1], item[:, :3])
+    params = Encoded(image).init(jax.random.key(1), x, only)["params"]
+
+    def features(layer, inject=0):
+        return Encoded(dataclasses.replace(image, layer=layer), inject).apply({"params": params}, x, only)
+
+    last, deep = features(-1, 2)
+    np.testing.assert_allclose(deep, [features(layer)[0] for layer in (-3, -2)], atol=1e-6)
+    third = Block(block, "global", rotary=False).apply(
+        {"params": params["encoder"]["block_2"]}, deep[1], None, attention.bidirectional(item))[0]  # fmt: skip
+    unit = third * jax.lax.rsqrt(jnp.square(third).mean(-1, keepdims=True) + block.norm_eps)
+    np.testing.assert_allclose(last, unit * params["encoder"]["norm"]["scale"], atol=1e-5)
+    six = dataclasses.replace(image, encoder=dataclasses.replace(block, depth=6))
+    taps = [media.encoder(six, config.Compute(), inject).taps for inject in (0, 1, 2, 5)]
+    assert taps == [(), (2,), (1, 3), (0, 1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("name, picture, clip, sound", [

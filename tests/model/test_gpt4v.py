@@ -37,8 +37,9 @@ def allowed(batch: batch_lib.Batch, row: int = 0) -> np.ndarray:
 
 
 @functools.cache
-def influence_of(kind: str, position: str):
-    """-> (model, f), f(batch) [T,T,D] = d (random projection of logit_t) / d (vector u of the embedded stream)."""
+def influence_of(kind: str, position: str, where: str = "stream"):
+    """-> (model, f), f(batch) [T,S,D] = d (random projection of logit_t) / d (vector s of the fused stream, of the text
+    before the fusion, or of the source)."""
     model, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS[kind], context=T, position=position))
     direction = jax.random.normal(jax.random.key(1), (tiny.VOCAB,))
 
@@ -49,14 +50,18 @@ def influence_of(kind: str, position: str):
                 real = fusion.KINDS[name]
 
                 class Moved(real):
-                    def __call__(self, *args):
-                        fused = super().__call__(*args)
-                        return fused.replace(stream=fused.stream + added)
+                    def __call__(self, segments, *args):
+                        if where == "text":
+                            text = segments[0]
+                            return super().__call__([text.replace(x=text.x + added), *segments[1:]], *args)
+                        fused = super().__call__(segments, *args)
+                        return fused.replace(**{where: getattr(fused, where) + added})
 
                 patch.setitem(fusion.KINDS, name, Moved)
                 return step_lib.forward(model, params, batch)[0] @ direction
 
-        return jax.jacrev(projected)(jnp.zeros((T, model.config.backbone.width)))
+        length = batch.source.tokens.shape[1] if where == "source" else T
+        return jax.jacrev(projected)(jnp.zeros((length, model.config.backbone.width)))
 
     return model, jax.jit(influence)
 
@@ -79,6 +84,30 @@ def test_causality_by_gradient(kind, name, shown):
     assert ahead == (wide and ("picture" in name or name == "packed") or prefix == "media+prompt"), "as it should"
     shown(f"{kind}, {name}: (query, key) pairs by gradient that are forbidden; that are missing",
           f"{(moved & ~expected).sum()}; {(expected & ~moved).sum()}", "0; 0")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["picture in mid-stream", "packed"])
+@pytest.mark.parametrize("kind", ["q_former", pytest.param("q_former, memory", marks=pytest.mark.soak)])
+def test_causality_of_text_that_queries_read(kind, name):
+    """A text's token moves what may see it, whether by the stream or by the pictures whose queries read it."""
+    model, influence = influence_of(kind, "rope", "text")
+    batch = tiny.rows(model.layout, ROWS[name])
+    moved = (np.asarray(influence(batch)) != 0).any(-1)
+    text = batch.slot[0] < 0
+    np.testing.assert_array_equal(moved[:, text], (allowed(batch) | np.eye(T, dtype=bool))[:, text])
+    assert not moved[:, ~text].any(), "in its place stands a picture's vector"
+
+
+@pytest.mark.parametrize("name", ["picture in mid-stream", "packed"])
+def test_causality_of_the_source(name):
+    """What the encoder reads moves its own document, from the answer on that follows it."""
+    model, influence = influence_of("encoder_decoder", "rope", "source")
+    batch = tiny.rows(model.layout, ROWS[name])
+    moved = (np.asarray(influence(batch)) != 0).any(-1)
+    source, step = batch.source, np.cumsum(batch.ar[0])
+    law = batch.document[0][:, None] == source.document[0]
+    law &= (source.document[0] > 0) & (step[source.at[0]] <= step[:, None])
+    np.testing.assert_array_equal(moved, law)
 
 
 def test_prefix_lm_sees_picture_and_prompt_whole():

@@ -14,7 +14,7 @@ import pytest
 
 KINDS = ("sigmoid", "softmax")
 ZERO = (0.0, 0.0)
-TEXTS = [("I", "A2"), ("I", "A5"), ("I", "A2"), ("I I", "A4")]  # a medium and its text; two texts are equal
+TEXTS = [("I", "A2"), ("I", "A5"), ("S", "A2"), ("I I", "A4")]  # a medium and its text; two texts are equal
 
 
 def loss(media, texts, id, kind, learned=ZERO):
@@ -102,13 +102,15 @@ def test_equal_texts_are_no_negatives_and_padding_does_not_count(kind):
 
 @functools.cache
 def case():
-    """-> (config.Model, Layout, a Batch of 8 rows: pairs and captions beside them, one picture that cannot be read)."""
+    """-> (config.Model, Layout, a Batch of 8 rows: pairs of pictures and sounds with texts, captions beside them, one
+    sound that cannot be read)."""
     from gpt4v_jax import batch as batch_lib
     from gpt4v_jax.data import chat, packing
     from gpt4v_jax.data.transforms import BadMedium
     from tests import tiny
 
-    model = dataclasses.replace(tiny.make_config(depth=1, dropout=0.2), embed=8)
+    model = tiny.make_config(depth=1, dropout=0.2, media=True)
+    model = dataclasses.replace(model, video=tiny.config.Video(), embed=8)
     layout = batch_lib.layout(model, dataclasses.replace(tiny.DATA, image=tiny.config.Budget(3)))
     read = tiny.reader(layout)
 
@@ -132,10 +134,10 @@ def test_pairs_in_a_row():
     from tests import tiny
 
     model, layout, batch = case()
-    assert layout.pairs == 3 and batch.pair.id.shape == (8, 3)
+    assert layout.pairs == 5 and batch.pair.id.shape == (8, 5)
     for b in range(8):
         media, text = TEXTS[b % 4]
-        n = 2 + 4 * len(media.split())
+        n = 2 + sum({"I": 4, "S": 3}[medium] for medium in media.split())
         assert (batch.pair.id[b, 0] >= 0) == (b != 6) and (batch.pair.id[b, 1:] == -1).all()
         if b == 6:
             assert not batch.document[b, :n].any()
