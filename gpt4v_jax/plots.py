@@ -38,7 +38,7 @@ def curves(title: str, series, log: bool = False, top: float | None = None) -> s
 def families(title: str, x: str, series, log: bool = False) -> str:
     """Curves of several runs each, against `x`; series: (name, [[(x, value)] of each run], colour). Runs are thin, and
     where all have the same x their mean is thick. A colour that comes again is dashed."""
-    figure, axes = _figure(3.1, title)
+    figure, axes = _figure(3.2 + 0.22 * (len(series) // 3), title)
     for i, (name, runs, colour) in enumerate(series):
         dashes = DASHES[[other for *_, other in series[:i]].count(colour) % len(DASHES)]
         shared = sorted(set.intersection(*({at for at, _ in points} for points in runs)))
@@ -53,7 +53,7 @@ def families(title: str, x: str, series, log: bool = False) -> str:
     axes.set_xlabel(x)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter("{x:,.4g}")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=1 + len(series) // 4)
+    figure.legend(frameon=False, fontsize=9, labelcolor=INK, ncols=3, loc="outside lower left")
     return _svg(figure, f"{title} against {x}")
 
 

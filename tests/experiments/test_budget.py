@@ -147,7 +147,7 @@ def test_pairs_are_read_as_documents_of_their_own(asked):
 
 
 def test_a_hidden_size_of_its_own_is_not_solved_for(asked):
-    coarse = {"model.backbone": {"heads": 16, "width": 96, "depth": 2, "hidden": 100}, "model.axes": 3}
+    coarse = {"model.backbone": {"heads": 16, "width": 96, "depth": 2, "hidden": 200}, "model.axes": 3}
     given = asked({"small": {"model.backbone": {"width": 256, "depth": 1}}, "coarse": coarse})
     with pytest.raises(config.InputError, match="coarse: model.backbone.width=.* is the nearest"):
         budget.solve(given, "params", "small", dict.fromkeys(given, False))
