@@ -25,7 +25,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", a
 _SPLITS = flags.DEFINE_list("split", None, "splits, comma-separated; otherwise all but train")
 _EVALUATORS = flags.DEFINE_list("evaluator", None, "evaluators, comma-separated; otherwise the config's and `counted`")
 _PROMPTS = flags.DEFINE_multi_string(
-    "prompt", None, 'of zero_shot, such as "a picture of {}"; several: the mean of their vectors; else eval.prompts'
+    "prompts", None, 'of zero_shot, such as "a picture of {}"; several: the mean of their vectors; else eval.prompts'
 )
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 _DISTRIBUTED = flags.DEFINE_bool(

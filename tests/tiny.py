@@ -57,6 +57,7 @@ FUSIONS = {  # name -> of make_config; each kind, and what it can be besides
     "q_former, memory": {"kind": "q_former", "fusion": {"tokens": 2, "into": "memory"}},
     "pooled": {"kind": "pooled", "fusion": {"tokens": 2, "every": 1}},
     "encoder_decoder": {"kind": "encoder_decoder"},
+    "encoder_decoder, latest": {"kind": "encoder_decoder", "fusion": {"latest": True}},
     "experts": {"kind": "experts"},
     "mlp2x_gelu": {"fusion": {"connector": "mlp2x_gelu"}, "encoder": True},
     "pool": {"kind": "prefix_lm", "fusion": {"connector": "pool"}},

@@ -267,7 +267,8 @@ class Fusion:
 
     kind: str = "concat"  # one of FUSIONS
     every: int = 2  # cross_attention, pooled: the blocks n, 2n, ... read the media
-    latest: bool = False  # of a memory: a position reads the latest medium of a modality before it, not all of them
+    latest: bool = False  # of a memory: a position reads the latest medium of a modality before it, not all of them;
+    # encoder_decoder: the text of the latest turn alone, which has read those before it, and all media
     into: str = "stream"  # resampler, q_former: where their vectors go: stream | memory, as cross_attention's
     tokens: int = 8  # resampler, q_former, pooled: vectors that a picture (a tile, a clip, a sound) becomes
     depth: int = 1  # resampler, q_former, pooled: blocks of learned queries
@@ -285,7 +286,7 @@ class Fusion:
         at_least(0, gain=self.gain, inject=self.inject)
         if self.inject and (self.place != "stream" or self.kind in RESAMPLED):
             raise InputError(f"inject={self.inject} adds to patches in the stream: kind={self.kind!r} has none there")
-        if self.latest and (self.place != "memory" or self.kind == "q_former"):
+        if self.latest and (self.place == "stream" or self.kind == "q_former"):
             raise InputError(f"latest=True is for a memory, whose media have a step each: kind={self.kind!r} has none")
 
     @property

@@ -168,7 +168,8 @@ class GPT4V(nn.Module):
         # What a later turn brings is a later step: earlier ones do not see it, in the encoder neither.
         sight = attention.within(prompt.document, prompt.step, reach=prompt.x.shape[1])
         x = self.source(x, batch.source.position, sight, keys=keys)[0]
-        return batch_lib.Memory(x, prompt.document, prompt.step, prompt.step * 0)
+        text = (batch.source.slot < 0).astype(jnp.int32)  # with fusion.latest only the last turn's is read
+        return batch_lib.Memory(x, prompt.document, prompt.step, text)
 
     def logits(self, hidden):
         """Hidden states [...,D] -> logits [...,V] in float32."""

@@ -110,6 +110,20 @@ def test_the_latest_medium_alone():
     assert np.asarray(attention.visible(all_of_them))[0, end - 1, :4].all()
 
 
+def test_the_latest_turn_alone():
+    """Of a source: each answer sees its own question and all pictures, also those of earlier turns; no later ones."""
+    module, params = tiny.make_model(tiny.make_config(context=32, **tiny.FUSIONS["encoder_decoder, latest"]))
+    batch = tiny.rows(module.layout, ("I U2 A3 U3 A1 I U1 A2", "U2 A1"))
+    sight = module.apply({"params": params}, batch, capture=True)[2]["memory"]
+    seen, source = np.asarray(attention.visible(sight)[0]), batch.source
+    step, turn = np.cumsum(batch.ar[0]), np.cumsum(batch.ar[0])[source.at[0]]
+    for t in np.flatnonzero(batch.document[0] > 0):
+        mine = (source.document[0] == batch.document[0, t]) & (turn <= step[t])
+        newest = turn[mine & (source.slot[0] < 0)].max()
+        np.testing.assert_array_equal(seen[t], mine & ((source.slot[0] >= 0) | (turn == newest)))
+    assert len(set(turn[source.document[0] == 1])) == 3 and not seen[batch.document[0] == 0].any()
+
+
 @pytest.mark.parametrize("name", tiny.fusions("resampler", "q_former"))
 def test_pictures_side_by_side_are_told_apart(name):
     """Exchanged, they are another row: what queries read of one medium is not read of the other."""
