@@ -205,7 +205,7 @@ def plan_table(sweep: Sweep, solved: dict[str, budget.Solved]) -> rich.table.Tab
     out = rich.table.Table(title=title, caption=caption, box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1),
                            title_justify="left", caption_justify="left")  # fmt: skip
     out.add_column("variant", no_wrap=True)
-    for name in ("parameters", "steps", "FLOPs\nfull", "FLOPs\ncausal", "text\ntokens", "pictures", "off"):
+    for name in ("parameters", "trained", "steps", "FLOPs\nfull", "FLOPs\ncausal", "text\ntokens", "pictures", "off"):
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("changed to match")
     for name, one in solved.items():
@@ -217,7 +217,8 @@ def plan_table(sweep: Sweep, solved: dict[str, budget.Solved]) -> rich.table.Tab
 
 def counted(b: budget.Budget) -> list[str]:
     counts = ["not read" if n is None else f"{n:,}" for n in (b.text_tokens, b.images)]
-    return [f"{b.params:,}", f"{b.steps:,}", flops(b.flops), flops(b.causal), *counts]
+    trained = "" if b.trained is None else f"{b.trained:,}"
+    return [f"{b.params:,}", trained, f"{b.steps:,}", flops(b.flops), flops(b.causal), *counts]
 
 
 def changed(one: budget.Solved) -> str:
