@@ -5,23 +5,10 @@ run is described by plain, hashable dataclasses, and a typing error is an `Input
 default.
 """
 
+from gpt4v_jax.config.backbone import ACTIVATIONS, BIASES, READS, Backbone, RopeScaling
 from gpt4v_jax.config.check import InputError, at_least, nearest, one_of
-from gpt4v_jax.config.model import (
-    ACTIVATIONS,
-    BIASES,
-    CONNECTORS,
-    FUSIONS,
-    READS,
-    RESAMPLED,
-    Audio,
-    Backbone,
-    Fusion,
-    Image,
-    Model,
-    RopeScaling,
-    Towers,
-    Video,
-)
+from gpt4v_jax.config.media import Audio, Image, Video
+from gpt4v_jax.config.model import CONNECTORS, FUSIONS, RESAMPLED, Fusion, Model, Towers
 from gpt4v_jax.config.parse import (
     arguments,
     default,

@@ -9,8 +9,8 @@ from typing import Any
 
 import ml_collections
 
+from gpt4v_jax.config.backbone import BIASES, Backbone
 from gpt4v_jax.config.check import InputError, nearest
-from gpt4v_jax.config.model import BIASES, Backbone
 from gpt4v_jax.config.run import Budget, Config
 
 
