@@ -107,7 +107,7 @@ def main(kind: str):
     texts = [("I U2 A3", "U1 I A2"), ("U3 A8 U1 A2",), ("I I U1 A5",), ("U1 A9",)]
     if kind in config.FUSIONS:  # every kind with all media
         clips = config.Video(size=4, patch=2, frames=4, tubelet=2)
-        sounds = config.Audio(bins=3, patch=2, seconds=0.1)
+        sounds = config.Audio(bins=4, patch=2, seconds=0.1)  # a patch has 8 values: devices share them
         texts = [("I U2 A3", "U1 I A2"), ("V U1 A5",), ("I I U1 A5",), ("S U1 A9",)]
     model = config.Model(vocab=tiny.VOCAB, context=24, tied=False, embed_norm=True, backbone=block, image=image,
                          video=clips, audio=sounds, fusion=fusion)  # fmt: skip
