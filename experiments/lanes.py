@@ -88,7 +88,8 @@ class Lanes:
         self.stopping.set()
         with self._lock:
             for child in self._children:
-                child.send_signal(signal.SIGTERM)
+                for number in (signal.SIGTERM, signal.SIGCONT):  # one that was stopped (SIGSTOP) hears it then
+                    child.send_signal(number)
 
     def progress(self) -> float:
         """-> the share of the work that is done."""

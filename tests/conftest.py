@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-# One folder a worker of pytest-xdist: JAX does not write these files in one go.
-CACHE = Path(__file__).parent.parent / ".cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "")
+# Shared by the workers of pytest-xdist: who meets a file that another still writes is warned by JAX, and compiles.
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 
 # In the environment, before JAX starts, so that the processes that tests start have them, too.
 os.environ.update({
@@ -15,6 +15,7 @@ os.environ.update({
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",  # else a program's key holds the folder's name
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TFDS_DISABLE_GCS": "1",
 })  # fmt: skip

@@ -1,5 +1,6 @@
 """A sweep from its flags to its files, with runs that are made up; make soak has real ones that are killed."""
 
+import concurrent.futures
 import functools
 import html
 import json
@@ -330,6 +331,23 @@ subprocess.run([sys.executable, {child.__file__!r}, str(os.getpid()), sys.execut
         parent.kill()
         assert parent.stdout.read() == b"", "it ends only when the grandchild, who has it too, is gone"
     os.close(read), os.close(write)
+
+
+def test_a_run_that_stands_still_hears_that_it_is_asked_to_stop(tmp_path):
+    """Stopped (SIGSTOP), it would be waited for without an end."""
+    made = lanes.Lanes(tmp_path, [], [], jobs=1)
+    line = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        status = pool.submit(made._process, line, tmp_path / "log")
+        while not made._children and not status.done():
+            os.sched_yield()
+        [process] = made._children
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        try:
+            made.stop()
+            assert status.result(timeout=60) == -signal.SIGTERM
+        finally:
+            process.kill()
 
 
 @pytest.mark.soak
