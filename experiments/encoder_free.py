@@ -12,8 +12,8 @@ from experiments import sizes, sweep
 
 SIZES = {
     "toy": sweep.Sweep(
-        sizes.BASE, {"raw": {}, "encoder_1": sizes.encoder(1, 128, 4), "encoder_2": sizes.TOY_ENCODER}, sizes.SHORT,
-        smoke=sizes.SMOKE,
+        sizes.BASE, {"raw": {}, "encoder_1": sizes.encoder(1, 128, 4), "encoder_2": sizes.TOY_ENCODER},
+        sizes.TOY | {"steps": 600, "eval.every": 300}, smoke=sizes.SMOKE,
     ),
     "small": sweep.Sweep(
         sizes.BASE, {"raw": {}, "encoder_2": sizes.encoder(2, 384, 6), "encoder_4": sizes.SMALL_ENCODER}, sizes.SMALL,
