@@ -6,6 +6,9 @@ The source is PaliGemma (Beyer et al. 2024, arXiv 2407.07726, section 5): there 
 alone, does best in the mean over its transfer tasks. `_all_text` also trains the questions, but for those that lie in
 a block: a prompt that sees itself whole cannot be predicted, so under prefix-LM a document's first question is left
 out. A mask costs no FLOPs in the count that is matched, so steps are equal.
+
+Measured: toy, 45 minutes on 2 cores (617ca20): 0.376 to 0.384 of the test questions, and nothing tells the four apart:
+docs/results/mask_and_loss.md
 """
 
 from experiments import sizes, sweep
