@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from configs import two_stage
+from configs import five_minutes, two_stage
 from gpt4v_jax import config
 
 FILES = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.py") if p.name != "__init__.py")
@@ -40,6 +40,29 @@ def test_stages(stage):
     assert bool(run.lora.rank) == (stage == "lora") and bool(run.optim.frozen) == (stage == "align")
     still = run.optim.frozen or (f"^(?!lora/|{run.lora.also[1:]})" if run.lora.rank else "$^")
     assert [path for path in ("text/", "image/") if not re.search(still, path)] == trained.split()
+
+
+def test_five_minutes_of_every_kind():
+    kinds = [config.from_flag(five_minutes.get_config(f"fusion={kind}")).model.fusion.kind for kind in config.FUSIONS]
+    assert tuple(kinds) == config.FUSIONS
+    with pytest.raises(config.InputError, match="fusion='pool' is none of"):
+        five_minutes.get_config("fusion=pool")
+
+
+def test_differences():
+    """A section that one of them has not is one value: what it has to be given, and nothing that follows from it."""
+    encoder = config.Backbone(depth=2, width=64, heads=2, rope_scaling=config.RopeScaling("linear", 4.0))
+    one, other = (
+        config.Config(model=config.Model(context=context, image=config.Image(size=8, patch=4, encoder=stack)))
+        for context, stack in ((8, None), (16, encoder))
+    )
+    found = config.differences(one, other)
+    assert found.keys() == {"model.context", "model.image.encoder"} and found["model.context"] == (8, 16)
+    nothing, given = found["model.image.encoder"]
+    assert nothing is None and config.parse(given, config.Backbone) == encoder
+    assert given.keys() == {"depth", "width", "heads", "rope_scaling"}
+    assert config.differences(other, one)["model.image.encoder"] == (given, None)
+    assert config.differences(one, one) == {}
 
 
 def test_json_round_trip():

@@ -1,5 +1,6 @@
 """ConfigDict and JSON on one side, the dataclasses on the other: the only code that knows ml_collections."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -68,17 +69,30 @@ def parse(values: Mapping, cls=Config, path: str = "config"):
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """-> {key such as "model.backbone.width": its values in the two}, where they differ."""
+    """-> {key such as "model.backbone.width": its values in the two}, where they differ.
 
-    def flat(values, path):
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{path}{key}.")
-            else:
-                yield f"{path}{key}", value
+    A section that only one of them has is one value: None, and what it has to be given.
+    """
 
-    a, b = (dict(flat(dataclasses.asdict(c), "")) for c in (one, other))
-    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
+    def walk(a, b, path):
+        for field in dataclasses.fields(a):
+            pair = getattr(a, field.name), getattr(b, field.name)
+            if all(map(dataclasses.is_dataclass, pair)):
+                yield from walk(*pair, f"{path}{field.name}.")
+            elif pair[0] != pair[1]:
+                yield f"{path}{field.name}", tuple(_given(x) if dataclasses.is_dataclass(x) else x for x in pair)
+
+    return dict(walk(one, other, ""))
+
+
+def _given(section) -> dict[str, Any]:
+    """-> the values that make the section, without those that follow from the others."""
+    given = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    for name in reversed(given):
+        rest = {key: value for key, value in given.items() if key != name}
+        with contextlib.suppress(InputError):
+            given = rest if type(section)(**rest) == section else given
+    return {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in given.items()}
 
 
 def _parse_value(value: Any, hint: Any, path: str):
