@@ -92,7 +92,7 @@ def _given(section) -> dict[str, Any]:
         rest = {key: value for key, value in given.items() if key != name}
         with contextlib.suppress(InputError):
             given = rest if type(section)(**rest) == section else given
-    return {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in given.items()}
+    return {key: value for key, value in dataclasses.asdict(section).items() if key in given}
 
 
 def _parse_value(value: Any, hint: Any, path: str):
