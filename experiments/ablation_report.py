@@ -24,9 +24,9 @@ SIGNS = {compare.BETTER: "▲", compare.WORSE: "▼", compare.NEITHER: "≈", co
 CLASS = {compare.BETTER: "better", compare.WORSE: "worse", compare.NEITHER: "neither", compare.ALONE: "alone",
          compare.LOST: "alone"}  # fmt: skip
 BASELINES = {"counted": "counted answers", "permuted": "permuted media", "blanked": "blanked media"}
-HOW = """Differences are of runs with the same seed on the same {items}. The variance is the sum of that between the
-seeds' differences and of that between {clusters} (mean over seeds), so an interval is for training again <i>and</i>
-asking other questions; its degrees of freedom are Satterthwaite's. With few seeds it is wide, and what is called not
+HOW = """Differences are of runs with the same seed on the same {items}. Half an interval is the root of the sum of
+squares of two: Student's t over the seeds' differences, and over {clusters} (mean over seeds); so it is for training
+again <i>and</i> asking other questions. With few seeds it is wide, and what is called not
 distinguishable may still differ. Better and worse: the interval leaves out 0. Were all variants the same, {chance:.2f}
 of {pairs} such pairs would be called different by chance; * marks what stands at 5 % for all of them (Holm)."""
 
@@ -316,8 +316,14 @@ def _minutes(variant: str, runs: list[Run], spent: dict) -> str:
 def _differences(found: dict) -> str:
     keys = sorted({key for one in found["variants"].values() for key in one["differs_in"]})
     reference = {key: one["differs_in"][key][0] for one in found["variants"].values() for key in one["differs_in"]}
-    lines = [[key, *(one["differs_in"][key][1] if key in one["differs_in"] else reference[key]
-                     for one in found["variants"].values())] for key in keys]  # fmt: skip
+
+    def cell(differs: dict, key: str):
+        if key in differs:
+            return differs[key][1]
+        sections = (key.rsplit(".", k)[0] for k in range(1, key.count(".") + 1))
+        return "" if any(section in differs for section in sections) else reference[key]
+
+    lines = [[key, *(cell(one["differs_in"], key) for one in found["variants"].values())] for key in keys]
     out = _table(["key", *found["variants"]], lines) if keys else "<p>Nothing: the variants are the same.</p>"
     return out + "".join(f"<p>{_(line)}</p>" for line in stages(found))
 

@@ -57,7 +57,7 @@ class Lanes:
     def __init__(self, folder: Path, runs: list[Run], told: list[str], jobs: int, execute: Execute | None = None):
         self._folder, self._told, self._jobs = folder, told, jobs
         self.runs, self._execute, self._cores = runs, execute or self._process, pinned(jobs)
-        self.began, self._lock, self._children = time.time(), threading.Lock(), set()
+        self.began, self._lock, self._children = time.time(), threading.RLock(), set()
         self.stopping = threading.Event()
         for run in runs:
             if said(folder, run.name).get("state") == "done":
@@ -84,7 +84,8 @@ class Lanes:
         return any(thread.is_alive() for thread in self._threads)
 
     def stop(self) -> None:
-        """Nothing more is begun, and what trains is asked to save and to leave."""
+        """Nothing more is begun, and what trains is asked to save and to leave. Also from a signal's handler, which may
+        come while this goes on: hence an RLock."""
         self.stopping.set()
         with self._lock:
             for child in self._children:

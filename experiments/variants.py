@@ -32,10 +32,11 @@ def base(path: str) -> dict[str, Any]:
 
 
 def flat(overrides: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """{"model.image.encoder": {"depth": 2}} -> {"model.image.encoder.depth": 2}: one key a value."""
+    """{"model.image.encoder": {"depth": 2}} -> {"model.image.encoder.depth": 2}: one key a value. An empty section is
+    one: it is there, with its defaults."""
     out = {}
     for key, value in overrides.items():
-        out |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+        out |= flat(value, f"{path}{key}.") if isinstance(value, Mapping) and value else {f"{path}{key}": value}
     return out
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 # Shared by the workers of pytest-xdist: who meets a file that another still writes is warned by JAX, and compiles.
@@ -60,19 +59,19 @@ def shown(request):
 
     Nothing without the environment's SHOWN, the file of these lines.
     """
-    lines, started = [], time.time()
+    lines = []
     yield lambda what, value, bar: lines.append({"what": what, "value": value, "bar": bar})
     if os.environ.get("SHOWN") and getattr(request.node, "passed", False):
+        where = {"test": request.node.nodeid, "minutes": request.node.seconds / 60}
+        where["commit"] = workdir.environment()["commit"]
         with open(os.environ["SHOWN"], "a") as file:
-            for line in lines:
-                minutes = (time.time() - started) / 60
-                where = {"test": request.node.nodeid, "minutes": minutes, "commit": workdir.environment()["commit"]}
-                file.write(json.dumps(where | line) + "\n")
+            file.writelines(json.dumps(where | line) + "\n" for line in lines)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
+    item.seconds = getattr(item, "seconds", 0.0) + report.duration  # what it waited for fixtures of a module, too
     if report.when == "call":
         item.passed = report.passed
     return report

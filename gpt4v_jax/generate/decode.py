@@ -133,8 +133,8 @@ def generate(
     layout = dataclasses.replace(trained.layout, context=width, source=source, **budgets(prompts, trained.layout))
     batch = packing.stack([packing.fill([p], read, layout) for p in prompts])
     blocks = -(-min(max_new_tokens, context - 1) // BLOCK)
-    model = trained.model.clone(layout=layout)
-    logits, cache = prefill(model, trained.params, batch, width + blocks * BLOCK)
+    slots = width + blocks * BLOCK
+    logits, cache = prefill(trained.model.clone(layout=layout), trained.params, batch, slots)
 
     room = np.array([min(max_new_tokens, context - len(p)) for p in prompts])
     keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
@@ -144,8 +144,8 @@ def generate(
     answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there]
     for block in range(blocks):
         done = jnp.array([answer is not None for answer in answers])
-        drawn, logits, cache = decode(
-            model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end
+        drawn, logits, cache = decode(  # not the clone: of media in the stream other ones compile nothing anew
+            trained.model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end
         )
         for i, row in enumerate(np.asarray(drawn)):
             if answers[i] is None:

@@ -17,7 +17,7 @@ def test_interval_of_known_numbers():
 def test_without_items_it_is_the_paired_t_test():
     one, other = [0.61, 0.66, 0.64, 0.7], [0.55, 0.64, 0.6, 0.61]
     found, known = compare.difference(one, other), stats.ttest_rel(one, other)
-    assert found.p == pytest.approx(known.pvalue) and found.freedom == 3 and found.items is None
+    assert found.p == pytest.approx(known.pvalue) and found.items is None
     assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval()))
 
 
@@ -28,15 +28,27 @@ def test_equal_seeds_leave_the_test_of_items():
     found = compare.difference(one.mean(1), other.mean(1), (one, other))
     known = stats.ttest_1samp(one[0].astype(float) - other[0], 0)
     assert found.seeds == pytest.approx(0, abs=1e-12)
-    assert (found.p, found.freedom) == pytest.approx((known.pvalue, 59))
+    assert found.p == pytest.approx(known.pvalue)
     assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval()))
     records = np.repeat(np.arange(20), 3)
     clustered = compare.difference(one.mean(1), other.mean(1), (one, other), records)
     by_record = (one[0].astype(float) - other[0]).reshape(20, 3).mean(1)
     known = stats.ttest_1samp(by_record, 0)
-    assert (clustered.p, clustered.freedom) == pytest.approx((known.pvalue, 19))
+    assert clustered.p == pytest.approx(known.pvalue)
     whole = compare.difference(one.mean(1), other.mean(1), (one, other), np.zeros(60, int))
     assert whole.items == 0, "of one record alone nothing is known"
+
+
+def test_seeds_and_items_make_one_interval():
+    """Half of it is the root of the sum of the squares of the halves, and p is the level at which it reaches 0."""
+    rng = np.random.default_rng(0)
+    right = rng.random((2, 3, 400)) < np.array([0.6, 0.5])[:, None, None] + rng.normal(0, 0.02, (2, 3, 1))
+    one, other = right.mean(-1)
+    found = compare.difference(one, other, tuple(right))
+    halves = found.seeds * stats.t.isf(0.025, 2), found.items * stats.t.isf(0.025, 399)
+    assert found.high - found.mean == pytest.approx(np.hypot(*halves))
+    at_p = found.seeds * stats.t.isf(found.p / 2, 2), found.items * stats.t.isf(found.p / 2, 399)
+    assert np.hypot(*at_p) == pytest.approx(abs(found.mean)) and 0 < found.p < 1
 
 
 def test_verdicts():
@@ -59,23 +71,40 @@ def test_holm():
     assert compare.holm([None, 0.01]) == [False, True]
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
-def test_intervals_hold_the_truth_as_often_as_they_say(spread):
-    """Variants that are the same in truth: records, items, seeds and what is left vary. 95 % +- 3.3 are 3 sigma."""
+@pytest.mark.parametrize("spread, power", [(0.0, 0.8), (0.1, 0.8), (1.0, 0.0)])
+def test_intervals_hold_the_truth_as_often_as_they_say(spread, power):
+    """Variants that are the same in truth: records, items, seeds and what is left vary. At least 95 % - 3.3 (3 sigma);
+    they err to the wide side, and yet a variant that is better by a good deal is called so."""
     rng, runs, seeds, records, each = np.random.default_rng(1), 400, 3, 60, 5
-    held = 0
+    held = called = 0
     for _ in range(runs):
         shared = np.repeat(rng.normal(0, 1, records), each) + rng.normal(0, 1, records * each)
 
-        def variant(shared=shared):
+        def variant(gain=0.0, shared=shared):
             taste = np.repeat(rng.normal(0, 0.6, records), each) + rng.normal(0, 0.6, records * each)
-            return shared + taste + rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.6, (seeds, records * each)) > 0
+            left = rng.normal(0, spread, (seeds, 1)) + rng.normal(0, 0.6, (seeds, records * each))
+            return shared + taste + left + gain > 0
 
-        one, other = variant(), variant()
+        one, other, better = variant(), variant(), variant(0.8)
         whose = np.repeat(np.arange(records), each)
-        found = compare.difference(one.mean(1), other.mean(1), (one, other), whose)
-        held += found.low <= 0 <= found.high
-    assert 0.917 <= held / runs <= 0.99
+        same, ahead = (compare.difference(x.mean(1), other.mean(1), (x, other), whose) for x in (one, better))
+        held += same.low <= 0 <= same.high
+        called += compare.verdict(ahead) == compare.BETTER
+    assert held / runs >= 0.917 and called / runs >= power
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.08])
+def test_equal_variants_have_no_star(spread):
+    """In 5 % of sweeps at most, also where seeds vary more than items and sometimes agree by chance. 400 sweeps of six
+    equal variants; of 5 % 8.3 % are 3 sigma above."""
+    rng, variants, seeds, items, starred = np.random.default_rng(3), 6, 3, 1000, 0
+    for _ in range(400):
+        share = 0.5 + rng.normal(0, spread, (variants, seeds, 1))
+        right = rng.random((variants, 1, items)) < share  # every seed of a variant meets an item alike
+        values = right.mean(-1)
+        pairs = [compare.difference(values[i], values[j], (right[i], right[j])) for i in range(6) for j in range(i)]
+        starred += any(compare.holm([pair.p for pair in pairs]))
+    assert starred / 400 <= 0.083
 
 
 def test_what_is_not_finite_is_not_judged():
