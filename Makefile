@@ -64,7 +64,7 @@ lint: $(TEST)
 SHOWN := runs/exactness.jsonl
 soak: $(TEST)
 	@mkdir -p $(dir $(SHOWN))
-	SHOWN=$(SHOWN) $(PY) -m pytest --soak -v $(ARGS) tests/test_exactness.py tests/test_devices.py tests/test_processes.py \
+	SHOWN=$(SHOWN) $(PY) -m pytest --soak -v -n 2 --dist loadfile $(ARGS) tests/test_exactness.py tests/test_devices.py tests/test_processes.py \
 	  tests/training/test_step.py tests/training/test_objectives.py tests/training/test_contrastive.py tests/training/test_checkpoint.py \
 	  tests/training/test_optim.py tests/interop/test_parity.py tests/experiments \
 	  tests/model/test_gpt4v.py tests/model/test_fusion.py tests/generate/test_decode.py

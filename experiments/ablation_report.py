@@ -170,6 +170,18 @@ def losses(found: dict) -> tuple[list[str], list[list[str]]]:
     return head, [[name, *(number(one.get(x)) for x in names)] for name, one in there.items()]
 
 
+def kinds(found: dict) -> tuple[list[str], list[list[str]]]:
+    """-> (head, rows) of the metric by kind of question, and of what counted answers have of each: a kind that is no
+    better cannot tell variants apart. No rows where there is one kind."""
+    evaluator = found["metric"].rpartition("/")[0]
+    there = {name: one["kinds"][evaluator] for name, one in found["variants"].items() if "kinds" in one}
+    of_reference = found["variants"][found["reference"]].get("kinds", {})
+    there |= {called(x): values for x, values in of_reference.items() if x.partition("@")[0] == "counted"}
+    names = sorted({kind for one in there.values() for kind in one})
+    lines = [[kind, *(f"{one[kind]:.3f}" if kind in one else "" for one in there.values())] for kind in names]
+    return ["kind", *there], lines if len(names) > 1 else []
+
+
 BUDGET = ("parameters", "trained", "steps", "FLOPs, full", "FLOPs, causal", "text tokens", "pictures", "off")
 
 
@@ -192,11 +204,14 @@ def markdown(found: dict) -> str:
     failed = [f"- {name}: {error}" for name, error in found["errors"].items()]
     head, of_loss = losses(found)
     lost = _markdown([head, ["---"] * len(head), *of_loss])
+    kind_head, of_kinds = kinds(found)
+    by_kind = _markdown([kind_head, ["---"] * len(kind_head), *of_kinds])
     return "\n".join([
         f"# {found['question']}", "", lede(found), "", *table(found), "",
         f"Intervals are 95 % of the mean over seeds. {found['runs_done']} of {found['runs']} runs are done.", "",
         *(["## Failed", "", *failed, ""] if failed else []),
         *([f"Loss on {found['split']}:", "", *lost, ""] if of_loss else []),
+        *(["By kind of question:", "", *by_kind, ""] if of_kinds else []),
         "## Pairs", "", plain(how(found)), "", *(f"- {line}" for line in verdicts(found)), "",
         "## Budgets", "", plain(budget_note(found)), "", *budgets, "",
         f"## What differs from {found['reference']}", "", *differs, *(f"- {line}" for line in stages(found)), "",
@@ -257,7 +272,7 @@ def page(folder: Path, found: dict, asked, solved: dict[str, Solved], runs: list
         dots=ablation_plots.dots(found) or "", table=_table(heads(found), [[n, *c] for n, c in rows(found)]),
         how=how(found), matrix=matrix(found), verdicts="".join(f"<li>{_(line)}</li>" for line in verdicts(found)),
         losses=_table(*losses(found)) if losses(found)[1] else "",
-        of_kinds="" if _kinds(found) else "hidden", kinds=_kinds(found),
+        of_kinds="" if kinds(found)[1] else "hidden", kinds=_table(*kinds(found)),
         budget_note=_(budget_note(found)),
         budgets=_table(["variant", *BUDGET, "minutes a run"], [
             [name, *budget_cells(one), _minutes(name, runs, spent)] for name, one in found["variants"].items()]),
@@ -298,13 +313,6 @@ def matrix(found: dict) -> str:
         body += "</tr>"
     head = "".join(f"<th>less {_(name)}</th>" for name in found["variants"])
     return f'<table class="matrix"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _kinds(found: dict) -> str:
-    there = {name: one["kinds"] for name, one in found["variants"].items() if one.get("kinds")}
-    kinds = sorted({kind for one in there.values() for kind in one})
-    lines = [[kind, *(f"{one[kind]:.3f}" if kind in one else "" for one in there.values())] for kind in kinds]
-    return _table(["kind", *there], lines) if len(kinds) > 1 else ""
 
 
 def _minutes(variant: str, runs: list[Run], spent: dict) -> str:

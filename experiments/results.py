@@ -46,13 +46,13 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One run's results. values: {evaluator: the metric}; losses: the same of what each says of its loss; right: of the
-    question's evaluator, in the items' order."""
+    """One run's results. values: {evaluator: the metric}; losses: the same of what each says of its loss; kinds:
+    {evaluator: {kind of question: (right, asked)}}; right: of the question's own evaluator, in the items' order."""
 
     step: int  # of the checkpoint that was evaluated
     values: dict[str, float]
     losses: dict[str, float]
-    kinds: dict[str, tuple[int, int]]
+    kinds: dict[str, dict[str, tuple[int, int]]]
     right: np.ndarray
     loss: float  # of the last training step
 
@@ -72,7 +72,7 @@ def find(folder: Path, run: lanes.Run, asked: Question) -> Found | None:
     """-> a run's results; None where it is not done."""
     if lanes.said(folder, run.name).get("state") != "done":
         return None
-    values, losses, main = {}, {}, None
+    values, losses, kinds, main = {}, {}, {}, None
     for evaluator in (asked.evaluator, *asked.baselines):
         short, data_set = eval_lib.named(evaluator)
         several = len(mixture.entries(run.config.data)) > 1
@@ -84,13 +84,14 @@ def find(folder: Path, run: lanes.Run, asked: Question) -> Found | None:
             values[evaluator] = float(result.metrics[asked.metric])
         if "loss" in result.metrics and asked.metric != "loss":
             losses[evaluator] = float(result.metrics["loss"])
+        kinds[evaluator] = {kind: tuple(n) for kind, n in sorted(result.kinds.items())}
         main = main or (step, result)
     step, result = main
     if asked.evaluator not in values:
         raise config.InputError(f"{asked.evaluator} gives no {asked.metric!r}, but {', '.join(result.metrics)}")
     loss = float(lanes.last_line(folder, run.name).get("loss", np.nan))
     right = np.array(result.right, bool) if asked.metric == "accuracy" else np.array([], bool)
-    return Found(step, values, losses, {kind: tuple(n) for kind, n in sorted(result.kinds.items())}, right, loss)
+    return Found(step, values, losses, kinds, right, loss)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -151,9 +152,9 @@ def _variant(found: dict[int, Found | None], one: Solved, reference: Solved) -> 
         out["mean"] = {name: list(compare.over_seeds([f.values[name] for f in seeds.values()])) for name in names}
         out["loss"] = {name: list(compare.over_seeds([f.losses[name] for f in seeds.values()]))
                        for name in next(iter(seeds.values())).losses}  # fmt: skip
-        kinds = next(iter(seeds.values())).kinds
         out["kinds"] = {
-            kind: float(np.mean([f.kinds[kind][0] / f.kinds[kind][1] for f in seeds.values()])) for kind in kinds
+            name: {kind: float(np.mean([np.divide(*f.kinds[name][kind]) for f in seeds.values()])) for kind in kinds}
+            for name, kinds in next(iter(seeds.values())).kinds.items()
         }
     return out
 

@@ -246,6 +246,8 @@ def test_the_page(ran, tmp_path):
         mean, low, high = one["mean"]["questions"]
         assert f"{mean:.3f} ({low:.3f} to {high:.3f})" in words
         assert f"{one['budget']['params']:,}" in words and name in words
+    of_kinds = (tmp_path / "result.md").read_text().partition("By kind of question:")[2]
+    assert of_kinds.split("\n")[2].endswith("| w48 | w56 | counted answers |"), "what can be had blind, too"
     for shown in ("python -m", "abc1234", "jax 0.10.2", "model.backbone.width", "counted answers", "Student's t"):
         assert shown in words
     template = string.Template(Path(ablation_report.__file__).with_name("ablation.html").read_text())
