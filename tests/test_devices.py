@@ -28,7 +28,7 @@ def soak(names, which):
 @pytest.fixture(scope="module", params=soak(KINDS, KINDS[1:]))
 def result(request, pytestconfig):
     """-> (kind, {mesh: what came out})."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8"}
     left_out = () if pytestconfig.getoption("--soak") else SOAK
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_devices", request.param, *left_out], cwd=Path(__file__).parent.parent,

@@ -75,7 +75,7 @@ class Run:
         try:
             for number in range(count):
                 env = dict(zip(sharding.MANUAL, (address, str(count), str(number)), strict=True))
-                env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+                env["JAX_NUM_CPU_DEVICES"] = str(devices)
                 running.append(self.start("--distributed", *args, env=env))
             yield running
         finally:
@@ -226,7 +226,7 @@ def test_kill_at_eight_moments(digits_world, tmp_path, shown):
 def eight(digits_world, tmp_path_factory):
     """-> the run of 20 steps by one process with eight devices."""
     run = Run(tmp_path_factory.mktemp("eight") / "run", digits_world.cache)
-    run.go(env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    run.go(env={"JAX_NUM_CPU_DEVICES": "8"})
     return run
 
 

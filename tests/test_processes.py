@@ -129,8 +129,7 @@ def started(name: str, count: int, devices: int):
         try:
             for number in range(count):
                 more = {
-                    # Only process 0 would write the cache of compiled programs: let the others compile fast.
-                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+                    "JAX_NUM_CPU_DEVICES": str(devices),
                     "TEST_FOLDER": f"{folder}/made",
                     **dict(zip(sharding.MANUAL, (address, str(count), str(number)), strict=True)),
                 }  # fmt: skip

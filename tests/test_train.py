@@ -366,7 +366,7 @@ def test_a_batch_that_the_devices_cannot_share(file, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "gpt4v_jax.train", f"--config={file()}", f"--workdir={tmp_path / 'run'}",
          "--config.batch=6"],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr

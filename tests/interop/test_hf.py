@@ -160,7 +160,7 @@ def test_a_mesh_gets_the_same_values_in_parts(tmp_path):
     """Devices are forced before JAX starts, so the work is done in a process of its own."""
     for model_type in MESHED:
         tiny.folder(tmp_path / model_type, model_type)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.interop.test_hf", tmp_path], cwd=Path(__file__).parents[2],
         env=os.environ | flags, capture_output=True, text=True,

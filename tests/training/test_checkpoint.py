@@ -583,7 +583,7 @@ def writes_on(folder):
 
 def test_any_number_of_devices(tmp_path):
     """Saved on a mesh of 8 x 1, restored on 4 x 2 and on one device, all bits the same."""
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    devices = {"JAX_NUM_CPU_DEVICES": "8"}
     done = run_self("other_devices", tmp_path, **devices)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["8", "8", "1"]
