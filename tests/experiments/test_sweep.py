@@ -273,6 +273,15 @@ def test_a_value_that_is_not_finite(ran, tmp_path, monkeypatch):
     assert "not finite" in (tmp_path / "result.md").read_text()
 
 
+def test_what_differs_in_a_section_that_is_not_there():
+    """A variant without the encoder has not the reference's depth of it."""
+    differs = {"deep": {}, "none": {"encoder": [{"depth": 2}, None]}, "deeper": {"encoder.depth": [2, 4]}}
+    found = {"variants": {name: {"differs_in": one, "before": []} for name, one in differs.items()}}
+    lines = re.findall(r"<tr>(<td>.*?)</tr>", ablation_report._differences(found))
+    cells = [re.findall("<td>(.*?)</td>", line) for line in lines]
+    assert cells[1] == ["encoder.depth", "2", "", "4"]
+
+
 def test_items_that_go_by_kinds_are_in_no_records_order(digits_world):
     items = sum(len(sources.asked(record)) for record in sources.open_split(digits_world, "test"))
     for metric, known in (("questions/accuracy", True), ("retrieval/accuracy", False)):

@@ -13,11 +13,13 @@ BASE = "configs/tiny.py"
 def test_overrides():
     made = variants.configs(
         BASE,
-        {"plain": {}, "other": {"model.image.encoder": {"depth": 1, "width": 8, "heads": 2}, "steps": 7}},
+        {"plain": {}, "other": {"model.image.encoder": {"depth": 1, "width": 8, "heads": 2}, "steps": 7},
+         "defaults": {"model.image.encoder": {}}},
         {"steps": 5, "eval.evaluators": ["questions", "permuted"]},
         {"batch": 2},
     )
-    [plain], [other] = made["plain"], made["other"]
+    [plain], [other], [defaults] = made["plain"], made["other"], made["defaults"]
+    assert defaults.model.image.encoder == config.Backbone(), "an empty section is a section"
     assert (plain.steps, plain.batch, plain.eval.evaluators) == (5, 2, ("questions", "permuted"))
     assert plain.model.backbone.width == 16 and plain.model.image.encoder is None
     assert other.steps == 7 and other.model.image.encoder == config.Backbone(depth=1, width=8, heads=2)
