@@ -79,7 +79,8 @@ def test_clips_and_sounds_move_what_may_see_them(name):
 def test_every_parameter_is_trained(name):
     """But the weights that experts have for media in the last block, whose results nothing reads."""
     module, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS[name]))
-    batch = tiny.rows(module.layout, ("I U2 A3", "U1 I A2"), ("U3 A8 U2 A4",))
+    # Two pictures in a document: of one alone there is nothing to weigh.
+    batch = tiny.rows(module.layout, ("U1 I I A2", "U2 A3"), ("U3 A8 U2 A4",))
 
     def loss(params):
         total, weight = objectives.tokens(step_lib.token_scores(module, params, batch), batch)["loss"]
@@ -126,9 +127,12 @@ def test_the_latest_turn_alone():
 
 @pytest.mark.parametrize("name", tiny.fusions("resampler", "q_former"))
 def test_pictures_side_by_side_are_told_apart(name):
-    """Exchanged, they are another row: what queries read of one medium is not read of the other."""
+    """Exchanged, they are another row: what queries read of one medium is not read of the other.
+
+    In a memory, pictures of one block are a set, and a q_former's turn is one block: there they stand in two turns.
+    """
     module, params = tiny.make_model(tiny.make_config(**tiny.FUSIONS[name]))
-    batch = tiny.rows(module.layout, ("I I U2 A3",))
+    batch = tiny.rows(module.layout, ("I U2 A3 I A2" if name == "q_former, memory" else "I I U2 A3",))
     patch = batch.image.patch.reshape(1, 2, -1, batch.image.patch.shape[-1])[:, ::-1].reshape(batch.image.patch.shape)
     exchanged = batch.replace(image=batch.image.replace(patch=patch))
     assert np.abs(forward(module, params, batch) - forward(module, params, exchanged)).max() > 1e-2
