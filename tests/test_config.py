@@ -35,7 +35,7 @@ def test_config_files(path):
 @pytest.mark.parametrize("stage", ["text", "align", "instruct", "lora"])
 def test_stages(stage):
     run = config.from_flag(two_stage.get_config(f"stage={stage},from=runs/before"))
-    trained = {"text": "text/ image/", "align": "image/", "instruct": "text/ image/", "lora": "image/"}[stage]
+    trained = {"text": "text/ image/", "align": "image/", "instruct": "text/ image/", "lora": "text/ image/"}[stage]
     assert bool(run.model.image) == (stage != "text") and (run.init_from.run == "runs/before") == (stage != "text")
     assert bool(run.lora.rank) == (stage == "lora") and bool(run.optim.frozen) == (stage == "align")
     still = run.optim.frozen or (f"^(?!lora/|{run.lora.also[1:]})" if run.lora.rank else "$^")
