@@ -10,8 +10,8 @@ python -m gpt4v_jax.interop merge runs/two_stage/lora --out runs/two_stage/merge
 stage=text is the model to align to: captions of scenes without their pictures. The image encoder starts from random
 values, so it is aligned with its connector.
 
-Measured (d74027f; lora 20276b5), one seed, a shared machine: of 4,672 test questions stage=instruct has 0.348, stage=lora
-0.326, permuted pictures 0.227 and 0.225, counted answers 0.244. docs/finetuning.md has the parts.
+Measured (d74027f; lora 20276b5), one seed, a shared machine: of 4,672 test questions stage=instruct has 0.348,
+stage=lora 0.326, permuted pictures 0.227 and 0.225, counted answers 0.244. docs/finetuning.md has the parts.
 """
 
 from gpt4v_jax import config as config_lib
