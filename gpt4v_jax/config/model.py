@@ -21,7 +21,8 @@ class Fusion:
     latest: bool = False  # of a memory: a position reads the latest medium of a modality before it, not all of them;
     # encoder_decoder: the text of the latest turn alone, which has read those before it, and all media
     into: str = "stream"  # resampler, q_former: where their vectors go: stream | memory, as cross_attention's
-    tokens: int = 8  # resampler, q_former, pooled: vectors that a picture (a tile, a clip, a sound) becomes
+    tokens: int = 8  # resampler, q_former: vectors that a picture (a tile, a clip, a sound) becomes; pooled: how many
+    # times as wide as the stream its one vector is
     depth: int = 1  # resampler, q_former, pooled: blocks of learned queries
     connector: str = "linear"  # from an encoder's features to the stream, one of CONNECTORS
     side: int = 2  # pool, pixel_shuffle: side x side patches become one vector; of a sound, side
@@ -132,6 +133,11 @@ class Model:
         if fusion.place == "memory":
             return self.backbone.also("pooled" if fusion.kind == "pooled" else "gated", fusion.every)
         return self.backbone.first("inject", fusion.inject)
+
+    @property
+    def memory_width(self) -> int:
+        """Of the vectors that blocks read beside the stream."""
+        return self.backbone.width * (self.fusion.tokens if self.fusion.kind == "pooled" else 1)
 
     @functools.cached_property
     def encoder(self) -> Backbone | None:

@@ -51,13 +51,13 @@ class Attention(nn.Module):
         """-> ([B,T,D], (k, v), captured).
 
         kv: the cached k and v, which this stream's are written to at sight.cursor, or the memory's are put behind.
-        memory_BSD: keys and values come from it; then x may be one query [B,1,D] for all positions. bias: of relative
-        positions.
+        memory_BSD: keys and values come from it, however wide it is; then x may be one query [B,1,D] for all positions.
+        bias: of relative positions.
         """
         c, D = self.config, x_BTD.shape[-1]
 
         def project(name, heads, prefix, x):
-            y = Linear((D,), (heads, c.head_dim), "qkv" in c.bias, name=prefix + name)(x)
+            y = Linear((x.shape[-1],), (heads, c.head_dim), "qkv" in c.bias, name=prefix + name)(x)
             if not c.qk_norm or name == "value":
                 return y
             return Norm("rms" if c.norm == "layer" else c.norm, c.norm_eps, name=f"{prefix}{name}_norm")(y)

@@ -102,7 +102,7 @@ def _model(c: config.Model, layout: batch_lib.Layout, causal: bool) -> dict[str,
         memory = sum(layout.budget(name)[0] if c.fusion.kind == "pooled" else n for name, n in features.items())
     if c.fusion.kind == "experts":  # their own weights read them, and the text's do not know that they need not
         routed = sum(features.values())
-    flops |= _within("backbone", stack(c.decoder, T, causal and c.causal, causal, memory=memory, routed=routed))
+    flops |= _within("backbone", stack(c.decoder, T, causal and c.causal, causal, memory, c.memory_width, routed))
     if c.head_hidden:
         flops["head_hidden"] = 2 * T * D * D
     if c.embed:
@@ -133,12 +133,10 @@ def _media(model: config.Model, layout: batch_lib.Layout, name: str) -> dict[str
 
 def _resampled(c: config.Model, layout: batch_lib.Layout, name: str) -> dict[str, int]:
     """Learned queries of the media of one modality; each reads all of the row's vectors that the mask then hides."""
-    D, (items, _) = c.backbone.width, layout.budget(name)
-    queries = items * layout.tokens
+    queries = layout.budget(name)[0] * layout.tokens
     memory = layout.encoded(name) + (layout.context if c.fusion.kind == "q_former" else 0)
     blocks = dataclasses.replace(c.backbone, depth=c.fusion.depth, pattern=("cross",))
-    flops = _within(f"{name}_resampler", stack(blocks, queries, memory=memory))
-    return flops | ({f"{name}_pooled": 2 * queries * D * D} if c.fusion.kind == "pooled" else {})
+    return _within(f"{name}_resampler", stack(blocks, queries, memory=memory))
 
 
 def image_tower(c: config.Image) -> dict[str, int]:
@@ -159,8 +157,9 @@ def _text_tower(c: config.Towers, causal: bool) -> dict[str, int]:
 
 
 def stack(c: config.Backbone, positions: int, causal: bool = False, windows: bool = False, memory: int = 0,
-          routed: int = 0):  # fmt: skip
-    """-> {"attention", "mlp", "cross": FLOPs} of all blocks over `positions` positions, some reading `memory`.
+          memory_width: int = 0, routed: int = 0):  # fmt: skip
+    """-> {"attention", "mlp", "cross": FLOPs} of all blocks over `positions` positions, some reading `memory` vectors;
+    of pooled ones memory_width is the width.
 
     causal, windows: count only the pairs that causality, and a local block's window, let through. routed: positions
     that further weights read, besides.
@@ -175,7 +174,7 @@ def stack(c: config.Backbone, positions: int, causal: bool = False, windows: boo
     if c.count("cross", "gated"):
         flops["cross"] = c.count("cross", "gated") * _attention(c, positions, memory, positions * memory)
     if c.count("pooled"):  # the query is one, what comes of it a position's
-        one = 2 * c.width * c.head_dim * c.heads * (positions + 1) + 4 * c.width * c.head_dim * c.kv_heads * memory
+        one = 2 * c.width * c.head_dim * c.heads * (positions + 1) + 4 * memory_width * c.head_dim * c.kv_heads * memory
         flops["cross"] = c.count("pooled") * (one + 4 * positions * memory * c.heads * c.head_dim)
     return flops
 

@@ -17,7 +17,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.backbone import Backbone
-from gpt4v_jax.model.layers import Linear, Norm, Table
+from gpt4v_jax.model.layers import Norm, Table
 
 LONGEST = 1 << 20  # steps of a row, and of a cache, are fewer
 
@@ -60,7 +60,8 @@ class CrossAttention(_Fusion):
         norm = Norm(self.config.backbone.norm, self.config.backbone.norm_eps, name="memory_norm")
         parts = [(norm(s.x), s.document, s.step, jnp.where(s.item > 0, s.kind, 0)) for s in media]
         if not media:  # a memory without vectors
-            parts = [(norm(text.x[:, :0]), *3 * (text.document[:, :0],))]
+            none = jnp.zeros((len(text.x), 0, self.config.memory_width), text.x.dtype)
+            parts = [(norm(none), *3 * (text.document[:, :0],))]
         memory = batch_lib.Memory(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
         return batch_lib.Fused(text.x, memory=memory)
 
@@ -122,17 +123,17 @@ def _block(document, step):
 
 
 class Pooled(Resampler):
-    """Late fusion: a medium becomes one vector, its resampled ones through one linear map; every n-th block adds a
-    weighted sum of the vectors of the media before a position, by weights that do not depend on the text."""
+    """Late fusion: a medium becomes one vector, its resampled ones side by side; every n-th block adds a weighted sum
+    of the vectors of the media before a position, by weights that do not depend on the text. The vector is `tokens`
+    times as wide as the stream: what a question is to find must be apart in it, for no attention looks for it there."""
 
     @nn.compact
     def __call__(self, segments, batch, step, keys=None, prompt=None) -> batch_lib.Fused:
-        (text, *media), k, D = segments, self.config.fusion.tokens, self.config.backbone.width
+        (text, *media), k = segments, self.config.fusion.tokens
         pooled = []
         for segment in media:
-            name = batch_lib.MEDIA[segment.kind - 1]
             found = resampled(self, segment, text, batch, step, keys)
-            x = Linear((k * D,), (D,), name=f"{name}_pooled")(found.x.reshape(len(found.x), -1, k * D))
+            x = found.x.reshape(len(found.x), -1, self.config.memory_width)
             document, step_of, item = (values[:, ::k] for values in (found.document, found.step, found.item))
             pooled.append(batch_lib.Segment(x, document, step_of, item, segment.kind))
         return CrossAttention(self.config, self.layout, name="into")([text, *pooled], batch, step)

@@ -186,7 +186,7 @@ XLA = {
     "q_former into a memory": model_with(
         image=config.Image(size=64, patch=8), fusion=config.Fusion("q_former", tokens=32, into="memory"),
     ),
-    "pooled": model_with(image=config.Image(size=32, patch=8), fusion=config.Fusion("pooled", tokens=16)),
+    "pooled": model_with(image=config.Image(size=32, patch=8), fusion=config.Fusion("pooled", every=1, tokens=64)),
     "encoder and decoder over media": dataclasses.replace(
         model_with(image=config.Image(size=32, patch=8), fusion=config.Fusion("encoder_decoder")), source_context=48
     ),
