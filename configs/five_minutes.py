@@ -12,7 +12,7 @@ docs/results/five_minutes.md
 from configs import quickstart
 from gpt4v_jax import config as config_lib
 
-STEPS = {"concat": 1000, "prefix_lm": 1000, "cross_attention": 850, "resampler": 950, "q_former": 950, "pooled": 1000,
+STEPS = {"concat": 1000, "prefix_lm": 1000, "cross_attention": 850, "resampler": 950, "q_former": 950, "pooled": 900,
          "encoder_decoder": 950, "experts": 800}  # fmt: skip
 
 
