@@ -124,10 +124,9 @@ def _generation(imported, model, kind: str) -> dict[str, Any]:
     batch = _batch(tokens, mask, source=source)
     logits, cache = decode.prefill(module, imported.params, batch, slots=width + NEW)
     keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
-    drawn, last, _ = decode.decode(
-        module, imported.params, logits, cache, keys, jnp.zeros(rows, bool), 0, sample.Sampling(), ()
-    )
-    drawn = np.asarray(drawn)[:, :NEW]
+    past = sample.history(list(tokens), NEW)
+    told, last, _, _ = decode.decode(module, imported.params, logits, cache, past, keys, jnp.zeros(rows, bool), {})
+    drawn = np.asarray(told.tokens)[:, :NEW]
     # Uncached: prompt and answer as one row; its logits must be those of the cached steps, the first and the last.
     lengths = mask.sum(1)
     whole, seen = np.zeros((rows, width + NEW), np.int32), np.zeros((rows, width + NEW), bool)

@@ -7,7 +7,9 @@ the cache's unused slots have document 0, which no query sees.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from gpt4v_jax.training.workdir import Trained
 
 BLOCK = 16  # tokens decoded between two looks at the text, for stop strings
 GREEDY = sample.Sampling()
+NEW_TOKENS = 64  # where nobody says how many
 BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 
 
@@ -31,8 +34,23 @@ class Answer:
     text: str
     tokens: tuple[int, ...]
     finish: str  # stop: <end> or a stop string | length: max_new_tokens, or the context is full | unreadable: a medium
+    logprobs: tuple[float, ...] = ()  # of the tokens, by the model itself: before bias, penalties and temperature
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the most probable ones, (token, logprob)
+    scores: Any = None  # [n,V] float32: what each token was chosen by, after bias and penalties
 
 
+@flax.struct.dataclass
+class Told:
+    """What decoding tells of the tokens that it has drawn; None of what was not asked for."""
+
+    tokens: jax.Array  # [B,n] int32
+    logprobs: jax.Array | None = None  # [B,n] float32, by the model itself
+    top: jax.Array | None = None  # [B,n,k] int32: the most probable tokens
+    top_logprobs: jax.Array | None = None  # [B,n,k] float32
+    scores: jax.Array | None = None  # [B,n,V] float32: the processed logits
+
+
+Processor = Callable[[sample.History, jax.Array], jax.Array]
 Read = Callable[[chat.Medium], Sequence[packing.Patches]]
 
 
@@ -101,13 +119,82 @@ def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
     read: Read | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     sampling: sample.Sampling = GREEDY,
     seeds: Sequence[int] = (),
     stop: Sequence[str] = (),
+    *,
+    max_length: int | None = None,
+    num_return_sequences: int = 1,
+    negative: Sequence[chat.Document] = (),
+    logits_processor: Sequence[Processor] = (),
+    logprobs: int | None = None,
+    output_scores: bool = False,
 ) -> list[Answer]:
-    """-> one Answer a prompt. read: medium -> its patches, as a source's; seeds: one a prompt."""
-    context, end = trained.layout.context, trained.tokenizer.ends
+    """-> the Answers of each prompt, num_return_sequences of the first, then of the second ...
+
+    read: medium -> its patches, as a source's. max_new_tokens: NEW_TOKENS where neither it nor max_length is given;
+    max_length counts the prompt's positions, too, and yields to it. seeds: one a prompt; its sequence i has seed + i.
+    negative: the second prompt of each, for sampling.guidance_scale. logits_processor: functions of (History, logits
+    [B,V]) -> logits [B,V], traced once; they come last. logprobs: an answer tells its tokens' and those of so many of
+    the most probable ones. output_scores: it tells the processed logits.
+    """
+    seeds = list(seeds) or list(range(len(prompts)))
+    if len(seeds) != len(prompts):
+        raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
+    if (sampling.guidance_scale != 1) != bool(negative) or negative and len(negative) != len(prompts):
+        raise config.InputError(f"guidance_scale={sampling.guidance_scale} with {len(negative)} second prompts: give "
+                                f"one for each of the {len(prompts)} prompts, or leave it at 1, which needs none")
+    config.at_least(1, num_return_sequences=num_return_sequences)
+    if any(not text for text in stop):
+        raise config.InputError("a stop string is empty: leave it out")
+    seeds = [seed + i for seed in seeds for i in range(num_return_sequences)]
+    asks, second = ([p for p in given for _ in range(num_return_sequences)] for given in (prompts, negative))
+    room = rooms(trained, asks, max_new_tokens, max_length)
+    blocks = -(-max(room) // BLOCK)
+    logits, cache, there = begin(trained, [*asks, *second], read, blocks * BLOCK)
+
+    rules = sample.rules([sampling] * len(asks), trained.run.model.vocab)
+    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+    past = sample.history([p.tokens for p in asks], blocks * BLOCK)
+    told: list[Told] = []
+    # A prompt whose media cannot be read is padding: nothing answers it.
+    answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there[: len(asks)]]
+    for _ in range(blocks):
+        done = jnp.array([answer is not None for answer in answers])
+        new, logits, cache, past = decode(  # not the clone: of media in the stream other ones compile nothing anew
+            trained.model, trained.params, logits, cache, past, keys, done, rules, trained.tokenizer.ends,
+            tuple(logits_processor), logprobs=logprobs, output_scores=output_scores,
+        )  # fmt: skip
+        told.append(jax.tree.map(np.asarray, new))
+        so_far = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *told)
+        for i, answer in enumerate(answers):
+            if answer is None:
+                answers[i] = _finished(trained, asks[i], jax.tree.map(lambda x, i=i: x[i], so_far), room[i], stop)
+        if all(answers):
+            break
+    return answers
+
+
+def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: int | None, max_length: int | None):
+    """-> how many tokens the answer to each prompt may have."""
+    context = trained.layout.context
+    if max_new_tokens is None and max_length is None:
+        max_new_tokens = NEW_TOKENS
+    if max_new_tokens is not None:
+        config.at_least(1, max_new_tokens=max_new_tokens)
+        return [min(max_new_tokens, context - len(p)) for p in prompts]
+    longest = max(map(len, prompts))
+    if max_length <= longest:
+        raise config.InputError(f"max_length={max_length} counts the prompt, which has {longest} positions: it must be "
+                                "more; max_new_tokens does not count it")
+    return [min(max_length, context) - len(p) for p in prompts]
+
+
+def begin(trained: Trained, prompts: Sequence[chat.Document], read: Read | None, slots: int):
+    """-> (logits [B,V] after each prompt, a cache with room for so many tokens more, [B] bool: whether the prompt is
+    there; one whose media cannot be read is not)."""
+    context = trained.layout.context
     if not trained.run.model.causal:
         raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
     longest, asked = max(map(len, prompts)), max(len(p.source) for p in prompts)
@@ -120,40 +207,12 @@ def generate(
             f"the prompt has {longest} positions (media included), the model's context is {context}: "
             f"shorten it to at most {context - 1}"
         )
-    if max_new_tokens < 1:
-        raise config.InputError(f"max_new_tokens={max_new_tokens} must be 1 or more")
-    if any(not text for text in stop):
-        raise config.InputError("a stop string is empty: leave it out")
-    seeds = list(seeds) or list(range(len(prompts)))
-    if len(seeds) != len(prompts):
-        raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
-
     pairs = ((longest, context), (asked, trained.layout.source))
     width, source = (min(-(-n // BUCKET) * BUCKET, most) for n, most in pairs)
     layout = dataclasses.replace(trained.layout, context=width, source=source, **budgets(prompts, trained.layout))
     batch = packing.stack([packing.fill([p], read, layout) for p in prompts])
-    blocks = -(-min(max_new_tokens, context - 1) // BLOCK)
-    slots = width + blocks * BLOCK
-    logits, cache = prefill(trained.model.clone(layout=layout), trained.params, batch, slots)
-
-    room = np.array([min(max_new_tokens, context - len(p)) for p in prompts])
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
-    tokens: list[list[int]] = [[] for _ in prompts]
-    # A prompt whose media cannot be read is padding: nothing answers it.
-    there = batch.document.any(axis=1)
-    answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there]
-    for block in range(blocks):
-        done = jnp.array([answer is not None for answer in answers])
-        drawn, logits, cache = decode(  # not the clone: of media in the stream other ones compile nothing anew
-            trained.model, trained.params, logits, cache, keys, done, block * BLOCK, sampling, end
-        )
-        for i, row in enumerate(np.asarray(drawn)):
-            if answers[i] is None:
-                tokens[i].extend(row.tolist())
-                answers[i] = _finished(trained, prompts[i], tokens[i], room[i], stop)
-        if all(answers):
-            break
-    return answers
+    logits, cache = prefill(trained.model.clone(layout=layout), trained.params, batch, width + slots)
+    return logits, cache, batch.document.any(axis=1)
 
 
 def budgets(prompts: Sequence[chat.Document], layout: batch_lib.Layout) -> dict[str, tuple[int, ...]]:
@@ -162,8 +221,9 @@ def budgets(prompts: Sequence[chat.Document], layout: batch_lib.Layout) -> dict[
     return {"items": tuple(most[::2]), "patches": tuple(most[1::2])}
 
 
-def _finished(trained: Trained, asked: chat.Document, tokens: list[int], room: int, stop: Sequence[str]):
-    """-> the Answer, if these tokens hold its end, else None. Text is cut before a stop string."""
+def _finished(trained: Trained, asked: chat.Document, told: Told, room: int, stop: Sequence[str]):
+    """-> the Answer, if the tokens told of hold its end, else None. Text is cut before a stop string."""
+    tokens = told.tokens.tolist()
     kept, finish = tokens[:room], "length" if len(tokens) >= room else None
     at = next((i for i, token in enumerate(kept) if token in trained.tokenizer.ends), None)
     if at is not None:
@@ -176,7 +236,15 @@ def _finished(trained: Trained, asked: chat.Document, tokens: list[int], room: i
     cuts = [text.index(s) for s in stop if s in text]
     if cuts:
         text, finish = text[: min(cuts)], "stop"
-    return Answer(text, tuple(kept), finish) if finish else None
+    if not finish:
+        return None
+    told = jax.tree.map(lambda x: x[: len(kept)], told)
+    answer = Answer(text, tuple(kept), finish, scores=told.scores)
+    if told.logprobs is None:
+        return answer
+    pairs = zip(told.top.tolist(), told.top_logprobs.tolist(), strict=True)
+    top = tuple(tuple(zip(*pair, strict=True)) for pair in pairs)
+    return dataclasses.replace(answer, logprobs=tuple(told.logprobs.tolist()), top=top)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
@@ -189,30 +257,55 @@ def prefill(model: GPT4V, params, batch: batch_lib.Batch, slots: int):
     return model.apply({"params": params}, hidden, method="logits"), cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "end"), donate_argnames="cache")
-def decode(model: GPT4V, params, logits, cache, keys, done, first, sampling: sample.Sampling, end: tuple[int, ...]):
-    """Draws up to BLOCK tokens a row, and stops early when all rows are done.
+STATIC = ("model", "end", "processors", "tokens", "logprobs", "output_scores")
 
-    -> (tokens [B,BLOCK], the logits after them, cache). first: tokens drawn before; token n is drawn by key
-    fold_in(key, n), so that it depends on the row's seed and on n alone.
+
+@functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
+def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done, rules: sample.Rules,
+           end: tuple[int, ...] = (), processors: tuple[Processor, ...] = (), allowed=None, *, tokens: int = BLOCK,
+           logprobs: int | None = None, output_scores: bool = False):  # fmt: skip
+    """Draws up to `tokens` a row, and stops early when all rows are done.
+
+    -> (Told, the logits after them, cache, past). Token n of an answer is drawn by key fold_in(key, n), so that it
+    depends on the row's seed and on n alone. With guidance logits and cache have twice the rows, the second prompts'
+    last. allowed [B,V] bool: of the next token alone.
     """
-    rows = logits.shape[0]
+
+    def drawn(logits, past):
+        """-> what is told of the next token of each row."""
+        raw = logits[: len(keys)]
+        x = sample.guided(raw, logits[len(keys) :], rules["guidance_scale"]) if "guidance_scale" in rules else raw
+        x = sample.processed(x, past, rules, end)
+        for process in processors:
+            x = process(past, x)
+        if allowed is not None:
+            x = jnp.where(allowed, x, -jnp.inf)
+        token = sample.draw(x, jax.vmap(jax.random.fold_in)(keys, past.length - past.prompt), rules)
+        told = Told(token, scores=x if output_scores else None)
+        if logprobs is None:
+            return told
+        nats = jax.nn.log_softmax(raw, axis=-1)
+        best, which = jax.lax.top_k(nats, logprobs)
+        return told.replace(logprobs=jnp.take_along_axis(nats, token[:, None], axis=1)[:, 0], top=which,
+                            top_logprobs=best)  # fmt: skip
 
     def go_on(carry):
-        n, _, _, _, done = carry
-        return (n < BLOCK) & ~done.all()
+        n, _, _, _, _, done = carry
+        return (n < tokens) & ~done.all()
 
     def one(carry):
-        n, tokens, logits, cache, done = carry
-        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, first + n)
-        token = sample.draw(logits, token_keys, sampling)
-        logits, cache = step(model, params, token, cache)
-        return n + 1, tokens.at[:, n].set(token), logits, cache, done | jnp.isin(token, jnp.array(end, jnp.int32))
+        n, told, logits, cache, past, done = carry
+        new = drawn(logits, past)
+        told = jax.tree.map(lambda all, x: all.at[:, n].set(x), told, new)
+        logits, cache = step(model, params, jnp.tile(new.tokens, len(logits) // len(keys)), cache)
+        done |= jnp.isin(new.tokens, jnp.array(end, jnp.int32))
+        return n + 1, told, logits, cache, past.append(new.tokens), done
 
-    rest = end[0] if end else -1
-    start = (jnp.int32(0), jnp.full((rows, BLOCK), rest, jnp.int32), logits, cache, done)
-    _, tokens, logits, cache, _ = jax.lax.while_loop(go_on, one, start)
-    return tokens, logits, cache
+    shapes = jax.eval_shape(drawn, logits, past)
+    told = jax.tree.map(lambda x: jnp.zeros((len(x), tokens, *x.shape[1:]), x.dtype), shapes)
+    told = told.replace(tokens=told.tokens + (end[0] if end else -1))  # what is not drawn
+    _, told, logits, cache, past, _ = jax.lax.while_loop(go_on, one, (jnp.int32(0), told, logits, cache, past, done))
+    return told, logits, cache, past
 
 
 def step(model: GPT4V, params, token_B, cache: attention.Cache):

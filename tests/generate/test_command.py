@@ -67,7 +67,7 @@ def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch)
     (["--record=tset:0"], "did you mean 'test'"),
     (["--prompt=x", "--samples=0"], "samples=0 must be 1 or more"),
     (["--prompt=x", "--seed=-1"], "seed=-1 must be 0 or more"),
-    (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be 0"),
+    (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be from 0"),
     (["--prompt=" + "where is the red digit? " * 60], "context"),
     (["--prompt=x", "--step=3"], "has no step 3"),
 ])  # fmt: skip

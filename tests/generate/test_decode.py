@@ -8,14 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.data import chat, packing
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.interop import hf
 from gpt4v_jax.model import attention
+from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training import step as step_lib
 from gpt4v_jax.training.workdir import Trained
 from tests import tiny
+from tests.interop import tiny as theirs
 
 LETTERS = "abcdefghijklmnoprstuvwxy "  # all but q and z: as many as the tiny vocabulary has room for
 FREE = sample.Sampling(temperature=1.0)
@@ -307,6 +311,103 @@ def test_seeds():
     assert decode.generate(trained, [other, prompt], None, 12, FREE, seeds=[9, 2])[1] == b
 
 
+# ---- what else is asked for
+
+
+def test_logprobs():
+    """Those of the model itself, whatever it was drawn by; a greedy token's is the same float as the best one's."""
+    trained = make(context=64)
+    prompt = ask(trained, "abc")
+    drawn = decode.generate(trained, [prompt], None, 20, sample.Sampling(0.5, top_k=4), [3], logprobs=5)[0]
+    greedy, plain = (decode.generate(trained, [prompt], None, 20, logprobs=n)[0] for n in (2, 0))
+    assert greedy.logprobs == tuple(best[0][1] for best in greedy.top)
+    assert greedy.tokens == tuple(best[0][0] for best in greedy.top)
+    assert plain.logprobs == greedy.logprobs and plain.top == ((),) * 20
+    document = decode._plain([*prompt.tokens, *drawn.tokens])
+    nats = jax.nn.log_softmax(full_logits(trained, document))[len(prompt) - 1 : -1]
+    np.testing.assert_allclose(drawn.logprobs, nats[np.arange(20), list(drawn.tokens)], atol=1e-5)
+    np.testing.assert_array_equal([[t for t, _ in best] for best in drawn.top], np.argsort(-nats, axis=1)[:, :5])
+    assert decode.generate(trained, [prompt], None, 20)[0] == dataclasses.replace(greedy, logprobs=(), top=())
+
+
+def test_output_scores_are_what_tokens_were_chosen_by():
+    trained = make(context=64)
+    rules = sample.Sampling(no_repeat_ngram_size=1, logit_bias=((9, 1.5),))  # else it repeats one letter
+    answer = decode.generate(trained, [ask(trained, "abc")], None, 20, rules, output_scores=True)[0]
+    assert answer.scores.shape == (20, tiny.VOCAB) and tuple(answer.scores.argmax(1)) == answer.tokens
+    assert decode.generate(trained, [ask(trained, "abc")], None, 20)[0].tokens != answer.tokens
+
+
+def test_guidance():
+    """Scale 0 is the second prompt's model. A picture may be in one prompt alone."""
+    trained = make(context=48)
+    with_picture, without = ask(trained, "abc", [0]), ask(trained, "abc")
+    read = tiny.reader(trained.layout)
+
+    def say(prompt, *negative, scale=1.0):
+        rules = sample.Sampling(guidance_scale=scale)
+        return decode.generate(trained, [prompt], read, 12, rules, negative=negative, output_scores=True)[0]
+
+    first, second = say(with_picture).tokens, say(without).tokens
+    assert say(with_picture, without, scale=0.0).tokens == second != first
+    nats = [jax.nn.log_softmax(full_logits(trained, prompt)[-1]) for prompt in (with_picture, without)]
+    scores = say(with_picture, without, scale=2.5).scores[0]
+    np.testing.assert_allclose(scores, 2.5 * nats[0] - 1.5 * nats[1], atol=1e-4)
+
+
+def test_logits_processors_come_last():
+    """They read the history: here what follows the prompt is its tokens backwards."""
+    trained = make(context=48)
+    prompt = ask(trained, "abcdef")
+
+    def backwards(past, logits):
+        at = jnp.maximum(2 * past.prompt - past.length - 1, 0)
+        return jnp.where(jnp.arange(tiny.VOCAB) == past.tokens[jnp.arange(len(at)), at][:, None], logits, -jnp.inf)
+
+    answer = decode.generate(trained, [prompt], None, len(prompt), logits_processor=[backwards])[0]
+    assert answer.tokens == tuple(prompt.tokens[::-1])
+
+
+OPTIONS = [
+    {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 12},
+    {"bad_words_ids": ((4,), (7, 2), (1, 6, 5))}, {"guidance_scale": 1.7},
+    {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "bad_words_ids": ((3,),)},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """-> (a small random llama as ours, as transformers')."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    imported, folder = theirs.imported("llama", eos_token_id=5), tmp_path_factory.mktemp("their") / "llama"
+    imported = dataclasses.replace(imported, params=jax.tree.map(lambda x: 0.4 * x, imported.params))
+    hf.save(imported, folder)
+    module = GPT4V(imported.config, batch_lib.layout(imported.config, tiny.DATA))
+    run = config.Config(model=module.config, data=tiny.DATA)
+    trained = Trained(run, module.layout, Letters({"<end>": 5}), None, module, imported.params, 0)
+    return trained, transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
+def test_greedy_answers_under_options_are_hugging_face_s(both, options):
+    import torch
+
+    trained, model = both
+    found = []
+    for seed in range(8):
+        prompt = np.random.default_rng(seed).integers(6, 32, size=6)
+        negative = [decode._plain(prompt[-1:])] if "guidance_scale" in options else []
+        rules = sample.Sampling(**options)
+        ours = decode.generate(trained, [decode._plain(prompt)], None, 20, rules, negative=negative)
+        given = options | ({"bad_words_ids": [list(w) for w in rules.bad_words_ids]} if rules.bad_words_ids else {})
+        there = model.generate(torch.tensor(prompt)[None], max_new_tokens=20, do_sample=False, pad_token_id=0, **given)
+        expected = there[0, 6:].tolist()
+        assert list(ours[0].tokens) == (expected[:-1] if expected[-1] == 5 else expected)
+        found.append(ours[0].tokens)
+    assert len(set(found)) > 4
+
+
 # ---- bad input
 
 
@@ -326,6 +427,7 @@ def test_the_longest_prompt_that_fits():
 
 @pytest.mark.parametrize("values, named", [
     ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"stop": ["a", ""]}, "stop string"),
+    ({"sampling": sample.Sampling(guidance_scale=2.0)}, "guidance_scale=2.0 with 0 second prompts"),
 ])  # fmt: skip
 def test_values_that_mean_nothing(values, named):
     trained = make()
