@@ -9,6 +9,7 @@ import pytest
 
 from gpt4v_jax import config, evaluate
 from gpt4v_jax.generate import decode
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.training import metrics, workdir
 from tests.interop.test_command import say
 from tests.test_train import run
@@ -88,7 +89,7 @@ def test_merged(stages, capsys, monkeypatch):
     np.testing.assert_allclose(flat(two.params)[KERNEL], base + 16 / 2 * np.einsum("nhr,rd->nhd", a, b), atol=1e-6)
     assert np.abs(flat(two.params)[KERNEL] - base).max() > 1e-4
 
-    prompts = [decode.prompt(trained, "what is it?") for trained in (one, two)]
+    prompts = [prompts_lib.prompt(trained, "what is it?") for trained in (one, two)]
     answers = [decode.generate(t, [p], (), 8)[0].tokens for t, p in zip((one, two), prompts, strict=True)]
     assert answers[0] == answers[1] and len(answers[0])
     scores = evaluate.evaluate(folder / "merged", ["validation"], ["questions"])["validation"]["questions"].metrics

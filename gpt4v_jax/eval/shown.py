@@ -9,6 +9,7 @@ from gpt4v_jax import config, plots
 from gpt4v_jax.data import chat, clip, mixture, sound, sources, transforms
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interpret import attention
 from gpt4v_jax.training import workdir
 
@@ -108,7 +109,7 @@ def _samples(trained: workdir.Trained) -> str:
     length = min(trained.layout.context, SAMPLE)
     windows = np.random.default_rng(0).choice(count, min(4, count), replace=False)
     given = [trained.tokenizer.decode(source.document(0, int(i)).tokens[: length // 4]) for i in windows]
-    prompts = [decode.prompt(trained, text) for text in given]
+    prompts = [prompts_lib.prompt(trained, text) for text in given]
     answers = decode.generate(trained, prompts, None, length - length // 4, sampling)
     texts = "".join(
         f'<pre class="sample"><span class="given">{html.escape(text)}</span>{html.escape(answer.text)}</pre>'

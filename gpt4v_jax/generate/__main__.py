@@ -1,4 +1,8 @@
-"""python -m gpt4v_jax.generate --workdir runs/digits_world --image scene.png --prompt "what digit is the red one?" """
+"""Ask a trained model once, or talk with it.
+
+python -m gpt4v_jax.generate --workdir runs/digits_world --image scene.png --prompt "what digit is the red one?"
+python -m gpt4v_jax.generate --workdir runs/digits_world --chat
+"""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +13,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
 from gpt4v_jax.data import chat, mixture, sources
 from gpt4v_jax.data.transforms import BadMedium
-from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.generate import decode, prompts, sample
 from gpt4v_jax.training import workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
@@ -22,30 +26,58 @@ _RECORD = flags.DEFINE_string(
     "record", None, 'SPLIT:NUMBER, such as "test:0", or of a mixture "fsdd/test:0": that record\'s media and, without '
     "--prompt, its first question"
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "at most so many tokens")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "draw among the k most probable tokens; 0 is all")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "draw among the most probable tokens with this mass")
-_SAMPLES = flags.DEFINE_integer("samples", 1, "answers; sample i uses seed + i")
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the first sample")
+_CHAT = flags.DEFINE_bool("chat", False, "talk: /image FILE, /video FILE, /audio FILE show one with the next question, "
+                          "/new begins anew, /exit or Ctrl-D ends")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, f"at most so many tokens; {decode.NEW_TOKENS} without "
+                                       "max_length", allow_override=True)
+_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "at most so many positions, the prompt's included")
+_SEQUENCES = flags.DEFINE_integer("num_return_sequences", 1, "answers; answer i uses seed + i")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the first answer")
 _STOP = flags.DEFINE_multi_string("stop", [], "a text before which the answer ends; may be given several times")
+_BAD_WORDS = flags.DEFINE_multi_string("bad_words", [], "a text, blanks count, that does not come about; may be "
+                                       "given several times")  # fmt: skip
+_LOGPROBS = flags.DEFINE_integer("logprobs", None, "print each token's log-probability beside so many of the best ones")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "the second prompt of guidance_scale; otherwise the first one "
+                                "without its media, or its last token")  # fmt: skip
+_SAMPLING = {
+    name: (flags.DEFINE_integer if isinstance(sample.OFF[name], int) else flags.DEFINE_float)(name, None, meaning)
+    for name, meaning in {
+        "temperature": "0, the default, is greedy; 1 draws by the model's own probabilities",
+        "top_k": "draw among the k most probable tokens",
+        "top_p": "draw among the most probable tokens with this mass",
+        "min_p": "draw among tokens at least so many times as probable as the best",
+        "typical_p": "draw among the tokens nearest to the entropy with this mass",
+        "epsilon_cutoff": "draw among tokens at least so probable",
+        "eta_cutoff": "draw among tokens with min(eta, sqrt(eta) exp(-entropy)) at least",
+        "repetition_penalty": "above 1: what was said is less probable",
+        "presence_penalty": "taken from the logits of what the answer has said",
+        "frequency_penalty": "the same, as often as it was said",
+        "no_repeat_ngram_size": "no so many tokens come twice",
+        "min_new_tokens": "the answer has so many tokens at least",
+        "guidance_scale": "above 1: away from what a second prompt would have",
+    }.items()
+}  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 
 
 def main() -> None:
-    sampling = sample.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
-    config.at_least(1, samples=_SAMPLES.value)
-    config.at_least(0, seed=_SEED.value)
+    given = {name: flag.value for name, flag in _SAMPLING.items() if flag.value is not None}
+    sample.Sampling(**given)  # bad values are said at once
+    config.at_least(1, num_return_sequences=_SEQUENCES.value)
+    config.at_least(0, seed=_SEED.value, logprobs=_LOGPROBS.value or 0)
     folder = Path(_WORKDIR.value)
     run = workdir.load_config(folder)
     layout = batch_lib.layout(run.model, run.data)
     for name, flag in _FILES.items():
         if flag.value and not layout.reads(name):
             raise config.InputError(f"the model in --workdir={folder} reads no {name}: leave --{name} out")
-    # A bad file is said at once.
     files = [(name, _read(layout, name, path)) for name, flag in _FILES.items() for path in flag.value]
     trained = workdir.restore(folder, _STEP.value)
-    question, truth = _PROMPT.value, None
+    words = tuple(tuple(trained.tokenizer.encode(word)) for word in _BAD_WORDS.value)
+    sampling = sample.Sampling(**given, bad_words_ids=words)
+    if _CHAT.value:
+        return _chat(trained, sampling, files)
+    question, truth, second = _PROMPT.value, None, ()
     if _RECORD.value and question is None and not files:
         prompt, read, question, truth = _first_question(trained, *_record(trained, _RECORD.value))
     elif question is None:
@@ -53,22 +85,77 @@ def main() -> None:
     else:
         if _RECORD.value:
             files += _media_of(*_record(trained, _RECORD.value))
-        media, read = decode.attach(trained.layout, files)
-        prompt = decode.prompt(trained, question, media)
-    prompts = [prompt] * _SAMPLES.value
-    seeds = range(_SEED.value, _SEED.value + _SAMPLES.value)
-    answers = decode.generate(trained, prompts, read, _MAX_NEW_TOKENS.value, sampling, seeds, _STOP.value)
+        media, read = prompts.attach(trained.layout, files)
+        prompt = prompts.prompt(trained, question, media)
+    if sampling.guidance_scale != 1:
+        second = [_second(trained, prompt, question)]
+    answers = _generate(trained, prompt, read, sampling, negative=second, logprobs=_LOGPROBS.value,
+                        num_return_sequences=_SEQUENCES.value)  # fmt: skip
     if truth is not None:
         print(f"question: {question}\ntruth:    {truth}")
     goes_on = not trained.chats and not trained.run.model.source
     for answer in answers:
         print(question + answer.text if goes_on else f"answer:   {answer.text}")
+        for token, logprob, best in zip(answer.tokens, answer.logprobs, answer.top, strict=False):
+            others = ", ".join(f"{_name(trained, other)} {value:.3f}" for other, value in best)
+            print(f"  {_name(trained, token)} {logprob:.3f}" + (f"   of {others}" if others else ""))
+
+
+def _generate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, **more):
+    return decode.generate(trained, [prompt], read, _MAX_NEW_TOKENS.value, sampling, [_SEED.value], _STOP.value,
+                           max_length=_MAX_LENGTH.value, **more)  # fmt: skip
+
+
+def _name(trained: workdir.Trained, token: int) -> str:
+    return repr(trained.tokenizer.decode([token]) or trained.tokenizer.token(token))
+
+
+def _second(trained: workdir.Trained, prompt: chat.Document, question: str) -> chat.Document:
+    """-> what guidance leads away from."""
+    if _NEGATIVE.value is not None:
+        return prompts.prompt(trained, _NEGATIVE.value)
+    if prompt.media:
+        return prompts.prompt(trained, question)
+    return prompts.plain(prompt.tokens[-1:])
+
+
+def _chat(trained: workdir.Trained, sampling: sample.Sampling, files: list[tuple[str, bytes]]) -> None:
+    """Reads a line, answers it, and so on. What goes wrong with a line is said, and the conversation goes on."""
+    turns, shown, new = [], list(files), list(files)  # files of the whole conversation, of the next question
+    print(f"step {trained.step}; {', '.join(['text', *trained.layout.media])}. --help tells what lines may begin with.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        what, _, path = line.partition(" ")
+        try:
+            if what in ("/exit", "/quit"):
+                return
+            if what == "/new":
+                turns, shown, new = [], [], []
+            elif what[1:] in batch_lib.MEDIA and what[0] == "/":
+                found = (what[1:], _read(trained.layout, what[1:], path.strip()))
+                shown, new = [*shown, found], [*new, found]
+            elif line.startswith("/"):
+                raise config.InputError(f"{what} is none of /image, /video, /audio, /new, /exit")
+            elif line:
+                media, read = prompts.attach(trained.layout, shown)
+                asked = [*turns, ("user", [*media[len(shown) - len(new) :], line])]
+                answer = _generate(trained, prompts.conversation(trained, asked), read, sampling)[0]
+                print(answer.text)
+                turns, new = [*asked, ("assistant", [answer.text])], []
+        except (config.InputError, BadMedium) as error:
+            print(f"error: {error}")
 
 
 def _read(layout: batch_lib.Layout, modality: str, path: str) -> bytes:
+    if not layout.reads(modality):
+        raise config.InputError(f"this model reads no {modality}: leave {path} out")
     try:
         data = Path(path).read_bytes()
-        decode.attach(layout, [(modality, data)])
+        prompts.attach(layout, [(modality, data)])
     except OSError as error:
         raise config.InputError(f"{path}: {error.strerror or 'cannot be read'}") from error
     except BadMedium as error:

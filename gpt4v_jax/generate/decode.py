@@ -1,6 +1,6 @@
 """Prefill and cached decode under jit, and `generate`, which joins them.
 
-A prompt is a document (chat.document) that ends where the answer begins. Prompts of different lengths share a batch:
+A prompt is a document (generate.prompts) that ends where the answer begins. Prompts of different lengths share a batch:
 the cache's unused slots have document 0, which no query sees.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, files, packing
-from gpt4v_jax.data import media as media_lib
+from gpt4v_jax.data import chat, packing
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.generate import sample
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
@@ -51,74 +51,10 @@ class Told:
 
 
 Processor = Callable[[sample.History, jax.Array], jax.Array]
-Read = Callable[[chat.Medium], Sequence[packing.Patches]]
-
-
-def attach(layout: batch_lib.Layout, files: Sequence[tuple[str, bytes]]) -> tuple[tuple[chat.Medium, ...], Read]:
-    """[(modality, a file's bytes)] -> (media for `prompt`, and what `generate` reads them by). Raises BadMedium."""
-    for modality, _ in files:
-        if not layout.reads(modality):
-            raise config.InputError(f"this model reads no {modality}: leave it out")
-    shapes = [media_lib.shape(m, lambda data=data: data, layout) for m, data in files]
-    for (modality, _), shape in zip(files, shapes, strict=True):
-        if modality == "audio" and shape[0] > layout.audio.seconds * 100:
-            raise media_lib.BadMedium(f"a sound longer than model.audio.seconds={layout.audio.seconds}: cut it")
-    found = tuple(chat.Medium(m, i, shape) for i, ((m, _), shape) in enumerate(zip(files, shapes, strict=True)))
-    # Now, for packing leaves out a document with a medium that turns out to be bad.
-    patches = [media_lib.patches(m.modality, files[m.key][1], m.shape, layout) for m in found]
-    return found, lambda m: patches[m.key]
-
-
-def prompt(trained: Trained, text: str, media: Sequence[chat.Medium] = ()) -> chat.Document:
-    """-> the document of one user's turn; a model that was trained on plain text gets the plain text.
-
-    Media go in front; or, where `<image>`, `<video>` or `<audio>` stands in the text as often as there are such media,
-    into these places.
-    """
-    special = trained.tokenizer.special
-    if trained.chats:
-        pieces = [
-            chat.Piece("user", trained.tokenizer.encode(part)) if isinstance(part, str) else
-            chat.Piece("user", medium=part) for part in _parts(text, media)
-        ]  # fmt: skip
-        return chat.document(pieces, special, trained.layout)
-    if trained.run.model.source:
-        start = [trained.tokenizer.id(token) for token in trained.run.data.start]
-        if not start or None in start:
-            raise config.InputError(f"data.start={trained.run.data.start!r} are no tokens: which ones start an answer?")
-        return dataclasses.replace(_plain(start), source=tuple(_not_empty(trained.tokenizer.prompt(text))))
-    return _plain(_not_empty(trained.tokenizer.prompt(text)))
-
-
-def _parts(text: str, media: Sequence[chat.Medium]) -> list[str | chat.Medium]:
-    left = {name: [medium for medium in media if medium.modality == name] for name in batch_lib.MEDIA}
-    marked = {name for name, found in left.items() if found and f"<{name}>" in text}  # of others a marker is plain text
-    for name in marked:
-        if text.count(f"<{name}>") != len(left[name]):
-            raise config.InputError(f"{text.count(f'<{name}>')} <{name}> in the prompt, and {len(left[name])} files: "
-                                    "write one for each, or none")
-    parts, at = [medium for medium in media if medium.modality not in marked], 0
-    for marker in files.MARKER.finditer(text):
-        if marker[1] in marked:
-            parts += [*([text[at : marker.start()]] if marker.start() > at else []), left[marker[1]].pop(0)]
-            at = marker.end()
-    return parts + [text[at:]] if text[at:] or not at else parts
-
-
-def _not_empty(ids: list[int]) -> list[int]:
-    if not ids:
-        raise config.InputError("the prompt is empty: a model of plain text needs at least one character")
-    return ids
-
-
-def _plain(ids: list[int]) -> chat.Document:
-    return chat.shifted(np.array(ids, np.int32), np.zeros(len(ids), bool), np.ones(len(ids), bool))
-
-
 def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
-    read: Read | None = None,
+    read: prompts_lib.Read | None = None,
     max_new_tokens: int | None = None,
     sampling: sample.Sampling = GREEDY,
     seeds: Sequence[int] = (),
@@ -191,7 +127,7 @@ def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: in
     return [min(max_length, context) - len(p) for p in prompts]
 
 
-def begin(trained: Trained, prompts: Sequence[chat.Document], read: Read | None, slots: int):
+def begin(trained: Trained, prompts: Sequence[chat.Document], read: prompts_lib.Read | None, slots: int):
     """-> (logits [B,V] after each prompt, a cache with room for so many tokens more, [B] bool: whether the prompt is
     there; one whose media cannot be read is not)."""
     context = trained.layout.context

@@ -1,5 +1,6 @@
 """python -m gpt4v_jax.generate: its answers, and bad input."""
 
+import ast
 import importlib
 
 import pytest
@@ -39,12 +40,59 @@ def test_a_picture_file_is_the_record_s_picture(folder, tmp_path, capsys, monkey
     (tmp_path / "scene.png").write_bytes(record["image"])
     question = sources.questions(record)[0][1]
     both = [f"--workdir={folder}", f"--prompt={question}", "--temperature=1", "--max_new_tokens=6"]
-    _, out, _ = say(capsys, monkeypatch, *both, f"--image={tmp_path / 'scene.png'}", "--samples=3", "--seed=5")
-    _, same, _ = say(capsys, monkeypatch, *both, "--record=test:3", "--samples=3", "--seed=5")
+    three = ["--num_return_sequences=3", "--seed=5"]
+    _, out, _ = say(capsys, monkeypatch, *both, f"--image={tmp_path / 'scene.png'}", *three)
+    _, same, _ = say(capsys, monkeypatch, *both, "--record=test:3", *three)
     _, last, _ = say(capsys, monkeypatch, *both, "--record=test:3", "--seed=7")
     answers = [text.strip() for text in out.split("answer:")[1:]]
     assert out == same and len(answers) == 3 and last.split("answer:")[1].strip() == answers[2]
     assert len(set(answers)) == 3
+
+
+def test_flags_reach_the_sampling(folder, capsys, monkeypatch):  # noqa: F811
+    """Each changes what is said of one question; the table of log-probabilities names the greedy token twice."""
+    asked = [f"--workdir={folder}", "--prompt=where is the red digit?", "--max_new_tokens=8", "--record=test:3"]
+    plain = say(capsys, monkeypatch, *asked)[1]
+
+    def table(*more):
+        """-> (a token's text, what is said of it beside it) of each token."""
+        lines = say(capsys, monkeypatch, *asked, "--logprobs=2", *more)[1].splitlines()[3:]
+        return [(ast.literal_eval(line.split(" -")[0].strip()), line.split("   of ")) for line in lines]
+
+    tokens = table()
+    assert len(tokens) > 2 and all(best.startswith(this[2:]) for _, (this, best) in tokens)
+    word = tokens[0][0]
+    assert word not in [text for text, _ in table(f"--bad_words={word}")]
+    for flag in ("--no_repeat_ngram_size=1", "--guidance_scale=20", "--negative_prompt=what digit is it?"):
+        more = ["--guidance_scale=-30"] if "negative" in flag else []
+        assert say(capsys, monkeypatch, *asked, flag, *more)[1] != plain, flag
+
+
+def test_a_chat(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Each question is asked with all that was said; what goes wrong is said and changes nothing."""
+    record = sources.open_split(workdir.load_config(folder).data, "test")[3]
+    (tmp_path / "scene.png").write_bytes(record["image"])
+    first, second = "what digit is the red one?", "where is the red digit?"
+    lines = [f"/image {tmp_path / 'scene.png'}", first, f"/image {tmp_path / 'none.png'}", "/audio x.wav", "/jump",
+             "x" * 900, "", second, "/new", second, "/exit", "never read"]  # fmt: skip
+    asked = []
+
+    def heard(trained, prompts, *args, **kwargs):
+        asked.append(trained.tokenizer.decode(prompts[0].tokens))
+        assert len(prompts[0].media) == (len(asked) < 4)
+        return generated(trained, prompts, *args, **kwargs)
+
+    generated, rest = generate.decode.generate, iter(lines)
+    monkeypatch.setattr(generate.decode, "generate", heard)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(rest))
+    status, out, err = say(capsys, monkeypatch, f"--workdir={folder}", "--chat", "--max_new_tokens=4")
+    said = out.splitlines()[1:]
+    assert status == 0 and not err and next(rest) == "never read" and len(said) == 7
+    errors = ("none.png: No such file", "reads no audio", "/jump is none of /image", "shorten it")
+    assert all(line.startswith("error: ") and text in line for line, text in zip(said[1:5], errors, strict=True))
+    assert [text.replace(" ", "") for text in asked if "xxx" not in text] == [
+        text.replace(" ", "") for text in (first, first + said[0] + second, second)
+    ]
 
 
 def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch):  # noqa: F811
@@ -65,7 +113,7 @@ def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch)
     (["--record=test:99999"], "--record=test:99999 must be test:0 to test:31"),
     (["--record=test:²"], "--record=test:² must be test:0 to test:31"),
     (["--record=tset:0"], "did you mean 'test'"),
-    (["--prompt=x", "--samples=0"], "samples=0 must be 1 or more"),
+    (["--prompt=x", "--num_return_sequences=0"], "num_return_sequences=0 must be 1 or more"),
     (["--prompt=x", "--seed=-1"], "seed=-1 must be 0 or more"),
     (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be from 0"),
     (["--prompt=" + "where is the red digit? " * 60], "context"),

@@ -13,6 +13,7 @@ from gpt4v_jax import config, sharding
 from gpt4v_jax.data import chat, packing
 from gpt4v_jax.eval import common
 from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
@@ -75,7 +76,7 @@ def full_logits(trained, document):
 
 def ask(trained, text: str, pictures=()):
     """-> the prompt; pictures: the keys of those that come before the question."""
-    return decode.prompt(trained, text, [chat.Medium("image", key, (4, 4)) for key in pictures])
+    return prompts_lib.prompt(trained, text, [chat.Medium("image", key, (4, 4)) for key in pictures])
 
 
 def cut(batch, start: int, stop: int, picture: bool):
@@ -217,7 +218,7 @@ def test_media_stand_where_the_prompt_says():
 
     def laid(text):
         """-> the keys of the pictures and the words, in their order."""
-        document = decode.prompt(trained, text, pictures)
+        document = prompts_lib.prompt(trained, text, pictures)
         at, out = dict(document.media), []
         for t, token in enumerate(document.tokens):
             out += [at[t].key] if t in at else [] if token == id else [trained.tokenizer.decode([token])]
@@ -226,7 +227,7 @@ def test_media_stand_where_the_prompt_says():
 
     assert laid("ab") == "01ab" and laid("a<image>b\n<image>") == "a0b1" and laid("<image>a<image>b") == "0a1b"
     (medium,) = pictures[:1]
-    assert decode._parts("a<audio>b", [medium]) == [medium, "a<audio>b"], "no sound is given: plain text"
+    assert prompts_lib._parts("a<audio>b", [medium]) == [medium, "a<audio>b"], "no sound is given: plain text"
     with pytest.raises(config.InputError, match="1 <image> in the prompt, and 2 files"):
         laid("a<image>b")
 
@@ -311,6 +312,38 @@ def test_seeds():
     assert decode.generate(trained, [other, prompt], None, 12, FREE, seeds=[9, 2])[1] == b
 
 
+# ---- conversations
+
+
+def test_conversation():
+    """One user's turn is the prompt of a question; what is there of earlier answers is as in training."""
+    trained = make(context=48)
+    picture = chat.Medium("image", 0, (4, 4))
+    one = prompts_lib.conversation(trained, [("user", [picture, "abc"])])
+    np.testing.assert_array_equal(one.tokens, ask(trained, "abc", [0]).tokens)
+    turns = [("system", ["xy"]), ("user", ["abc"]), ("assistant", ["de"]), ("user", ["f", picture])]
+    found = prompts_lib.conversation(trained, turns)
+    roles = (("user", "xyabc"), ("assistant", "de"), ("user", "f"))
+    pieces = [chat.Piece(role, trained.tokenizer.encode(text)) for role, text in roles]
+    pieces.append(chat.Piece("user", medium=picture))
+    expected = chat.document(pieces, tiny.SPECIAL | {"<end>": -1}, trained.layout)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.ar, expected.ar)
+    assert not found.weight.any() and found.media == expected.media
+
+
+@pytest.mark.parametrize("turns, named", [
+    ([], "the last turn must be the user's"), ([("user", ["a"]), ("assistant", ["b"])], "the last turn must be"),
+    ([("assistant", ["b"]), ("user", ["a"])], "turn 1 is the assistant's, and no user's is before it"),
+    ([("user", ["a"]), ("asistant", ["b"])], "role='asistant' .*did you mean 'assistant'"),
+    ([("user", ["a"]), ("assistant", [chat.Medium("image", 0, (4, 4))]), ("user", ["a"])], "turn 2 .* has a medium"),
+    ([("system", ["a"])], "the last turn must be"),
+])  # fmt: skip
+def test_turns_that_are_no_conversation(turns, named):
+    with pytest.raises(config.InputError, match=named):
+        prompts_lib.conversation(make(), turns)
+
+
 # ---- what else is asked for
 
 
@@ -323,7 +356,7 @@ def test_logprobs():
     assert greedy.logprobs == tuple(best[0][1] for best in greedy.top)
     assert greedy.tokens == tuple(best[0][0] for best in greedy.top)
     assert plain.logprobs == greedy.logprobs and plain.top == ((),) * 20
-    document = decode._plain([*prompt.tokens, *drawn.tokens])
+    document = prompts_lib.plain([*prompt.tokens, *drawn.tokens])
     nats = jax.nn.log_softmax(full_logits(trained, document))[len(prompt) - 1 : -1]
     np.testing.assert_allclose(drawn.logprobs, nats[np.arange(20), list(drawn.tokens)], atol=1e-5)
     np.testing.assert_array_equal([[t for t, _ in best] for best in drawn.top], np.argsort(-nats, axis=1)[:, :5])
@@ -397,9 +430,9 @@ def test_greedy_answers_under_options_are_hugging_face_s(both, options):
     found = []
     for seed in range(8):
         prompt = np.random.default_rng(seed).integers(6, 32, size=6)
-        negative = [decode._plain(prompt[-1:])] if "guidance_scale" in options else []
+        negative = [prompts_lib.plain(prompt[-1:])] if "guidance_scale" in options else []
         rules = sample.Sampling(**options)
-        ours = decode.generate(trained, [decode._plain(prompt)], None, 20, rules, negative=negative)
+        ours = decode.generate(trained, [prompts_lib.plain(prompt)], None, 20, rules, negative=negative)
         given = options | ({"bad_words_ids": [list(w) for w in rules.bad_words_ids]} if rules.bad_words_ids else {})
         there = model.generate(torch.tensor(prompt)[None], max_new_tokens=20, do_sample=False, pad_token_id=0, **given)
         expected = there[0, 6:].tolist()
@@ -496,7 +529,7 @@ def test_one_forward_pass_scores_greedy_answers(kind):
 def test_an_encoder_that_reads_nothing():
     """Plain text under encoder_decoder has no source: what is written is what the full forward says."""
     trained = make(**tiny.FUSIONS["encoder_decoder"])
-    prompt = decode._plain([8, 9])
+    prompt = prompts_lib.plain([8, 9])
     answer = decode.generate(trained, [prompt], None, 3)[0]
-    document = decode._plain([8, 9, *answer.tokens])
+    document = prompts_lib.plain([8, 9, *answer.tokens])
     np.testing.assert_array_equal(full_logits(trained, document)[1:4].argmax(-1), answer.tokens)

@@ -14,6 +14,7 @@ from gpt4v_jax import command, config
 from gpt4v_jax.data import packing
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.generate import decode
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.training import checkpoint, workdir
 from gpt4v_jax.training.step import State
@@ -68,7 +69,7 @@ def test_the_run_generates_what_the_folder_s_model_does(folders, run):
     """Greedily, and up to the folder's own end token."""
     trained, model = workdir.restore(run), hf.load(folders / "llama")
     assert trained.tokenizer.special["<end>"] == END
-    prompt = decode.prompt(trained, "hello")
+    prompt = prompts_lib.prompt(trained, "hello")
     batch = packing.stack([packing.fill([prompt], lambda key: None, trained.layout)])
     logits, _ = decode.prefill(trained.model, model.params, batch, 64)
     answer = decode.generate(trained, [prompt], (), max_new_tokens=20)[0]
@@ -108,9 +109,10 @@ def test_an_encoder_decoder_answers(folders, tmp_path, capsys, monkeypatch):
     assert status == 0, err
     trained = workdir.restore(tmp_path / "w")
     assert trained.run.data.start == (LETTERS[3],)
-    prompt = decode.prompt(trained, "hello")
+    prompt = prompts_lib.prompt(trained, "hello")
     assert prompt.tokens.tolist() == [3] and list(prompt.source) == trained.tokenizer.encode("hello")
-    texts = [decode.generate(trained, [decode.prompt(trained, t)], (), 8)[0].text for t in ("hello", "what is it?")]
+    asked = [prompts_lib.prompt(trained, text) for text in ("hello", "what is it?")]
+    texts = [decode.generate(trained, [prompt], (), 8)[0].text for prompt in asked]
     assert len(texts[0]) > 0 and texts[0] != texts[1]
 
 
@@ -124,9 +126,9 @@ def test_all_end_tokens_and_a_forced_first_one(tmp_path, capsys, monkeypatch):
     assert status == 0, err
     trained = workdir.restore(tmp_path / "w")
     assert trained.tokenizer.ends == (7, 9)
-    assert decode.prompt(trained, "hello").tokens.tolist() == [3, 5]
+    assert prompts_lib.prompt(trained, "hello").tokens.tolist() == [3, 5]
     # Whichever of the two ends comes first ends the answer.
-    drawn = decode.generate(trained, [decode.prompt(trained, "hello")], (), 16)[0].tokens
+    drawn = decode.generate(trained, [prompts_lib.prompt(trained, "hello")], (), 16)[0].tokens
     assert not {7, 9} & set(drawn)
 
 

@@ -12,6 +12,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat
 from gpt4v_jax.generate import decode
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf, llama2c
 from gpt4v_jax.model import attention
 from gpt4v_jax.training.workdir import Trained
@@ -177,5 +178,5 @@ def test_stories260k_tells_its_story():
 def test_text_goes_on_with_its_blank():
     """The tokenizer's decoder drops a text's first blank: not that between a prompt and what follows."""
     trained, _ = stories()
-    answer = decode.generate(trained, [decode.prompt(trained, "Once upon")], (), 4)[0]
+    answer = decode.generate(trained, [prompts_lib.prompt(trained, "Once upon")], (), 4)[0]
     assert answer.text.startswith(" a time")
