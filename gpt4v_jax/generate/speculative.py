@@ -68,8 +68,12 @@ def generate(
 ) -> tuple[list[list[int]], Counts]:
     """-> (the tokens of each answer without the one that ends it, counts of each row).
 
-    num_assistant_tokens: what a draft model proposes in a round. draft_prompts, draft_read: the prompts as the draft
+    draft: another model of the same vocabulary, or prompt lookup; num_assistant_tokens: what a model proposes in a
+    round. temperature, restrict: of `Law`; seeds: one a prompt. draft_prompts, draft_read: the prompts as the draft
     model's layout lays them, where it lays media otherwise. Raises InputError.
+
+    temperature 0 gives decode.generate's tokens, but where two logits tie within the rounding of a pass over T = k + 1
+    positions in place of 1.
     """
     if max_new_tokens < 1 or num_assistant_tokens < 1 or not temperature >= 0:
         raise config.InputError(f"max_new_tokens={max_new_tokens}, num_assistant_tokens={num_assistant_tokens} must be "
