@@ -39,7 +39,7 @@ def same(trained, prompts, proposer, tokens=12, k=3):
 
 
 # The others, of which a step of decoding sees no more than of these, are make soak's.
-@pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention", "pooled", "encoder_decoder"))
+@pytest.mark.parametrize("name", tiny.fusions("concat", "pooled", "encoder_decoder"))
 def test_greedy_is_plain_greedy_whatever_the_fusion(name):
     number = list(tiny.FUSIONS).index(name)
     trained = make(media=True, axes=3 if number % 2 else 1, context=32, **tiny.FUSIONS[name])
@@ -168,9 +168,8 @@ def three_best(logits):
     return jnp.where(logits < jax.lax.top_k(logits, 3)[0][:, -1:], -jnp.inf, logits)
 
 
-@pytest.mark.parametrize("proposer, law", [
-    ("draft", Law(1.0)), ("draft", Law(0.7, three_best)), ("lookup", Law(0.7, three_best)),
-], ids=["draft", "draft, restricted", "lookup, restricted"])  # fmt: skip
+@pytest.mark.parametrize("proposer, law", [("draft", Law(0.7, three_best)), ("lookup", Law(1.0))],
+                         ids=["draft, restricted", "lookup"])  # fmt: skip
 def test_draws_follow_the_target_model(proposer, law):
     """20,000 draws of two tokens: both accepted, one, or none."""
     trained, rows, ids = make(context=64, tied=False, size=0), 20_000, [8, 9, 29, 12, 8, 9]  # 29, then 12 are likely
