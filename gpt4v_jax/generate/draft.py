@@ -1,0 +1,137 @@
+"""What a round of speculative decoding is made of: the law of drawing, proposals, and a cache that takes them back."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config
+from gpt4v_jax.model import attention
+from gpt4v_jax.model.gpt4v import GPT4V
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Proposes what followed the latest n-gram where it first stood in the text; the longest n that is found counts."""
+
+    prompt_lookup_num_tokens: int = 10
+    max_matching_ngram_size: int = 2
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise config.InputError(f"{name}={value} must be 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """Logits [...,V] -> probabilities [...,V] that are drawn from: softmax(restrict(logits / temperature)).
+
+    temperature 0: all on the argmax. restrict [N,V] -> [N,V] puts -inf where a token may not be drawn (top-k, top-p);
+    jit knows it by identity, so give the same function again. The draft has the same law, else less is accepted.
+    """
+
+    temperature: float = 0.0
+    restrict: Callable | None = None
+
+    def __call__(self, logits):
+        if not self.temperature:
+            return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+        logits = logits / self.temperature
+        if self.restrict:
+            logits = self.restrict(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
+        return jax.nn.softmax(logits, axis=-1)
+
+    def draw(self, keys_B, p_BV):
+        """-> [B] int32. p need not sum to 1."""
+        if not self.temperature:
+            return jnp.argmax(p_BV, axis=-1).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+
+
+def look_up(text_BL, length_B, k: int, size: int):
+    """-> (tokens [B,k] int32, how many of them were found [B] int32): those that follow the first of the longest
+    n-grams, n <= size, that are equal to the last one."""
+    at = jnp.arange(text_BL.shape[1])
+    run, alike = jnp.zeros_like(text_BL), at < length_B[:, None] - 1  # how much of an n-gram ends at each token
+    for j in range(size):
+        last = jnp.take_along_axis(text_BL, jnp.maximum(length_B - 1 - j, 0)[:, None], axis=1)
+        alike &= (jnp.roll(text_BL, j, axis=1) == last) & (at >= j)
+        run += alike
+    start = jnp.argmax(run, axis=1) + 1
+    count = jnp.where(run.any(axis=1), jnp.minimum(k, length_B - start), 0)
+    where = jnp.minimum(start[:, None] + jnp.arange(k), text_BL.shape[1] - 1)
+    return jnp.take_along_axis(text_BL, where, axis=1), count
+
+
+def propose(draft: GPT4V, params, last_B, cache: attention.Cache, keys, k: int, law: Law):
+    """-> (the next tokens [B,k] int32, the probabilities that they were drawn from [B,k,V], the cache with all of
+    them and `last` [B], the text's last tokens, which it does not have before)."""
+
+    def one(carry, j):
+        token, cache = carry
+        logits, cache = extend(draft, params, token[:, None], cache)
+        q = law(logits[:, 0])
+        token = law.draw(fold(keys, j), q)
+        return (token, cache), (token, q)
+
+    # One step more than tokens: the last one, too, is entered, so that the cache is as the target model's.
+    (_, cache), (tokens, q) = jax.lax.scan(one, (last_B, cache), jnp.arange(k + 1))
+    return tokens[:k].T, q[:k].swapaxes(0, 1), cache
+
+
+def extend(model: GPT4V, params, tokens_BT, cache: attention.Cache):
+    """Appends T tokens a row -> (logits [B,T,V] behind each, cache)."""
+    position = cache.next_position[:, None] + jnp.arange(tokens_BT.shape[1])[:, None]
+    if model.config.position == "learned":
+        # Proposals may lie beyond the context. The table would give NaN there, of which 0 times is NaN, too.
+        position = jnp.minimum(position, model.config.context - 1)
+    batch = batch_lib.Batch(
+        tokens=tokens_BT,
+        slot=jnp.full_like(tokens_BT, -1),
+        position=position,
+        document=jnp.ones_like(tokens_BT),
+        ar=jnp.ones_like(tokens_BT, bool),
+        target=jnp.zeros_like(tokens_BT),
+        weight=jnp.zeros_like(tokens_BT, jnp.float32),
+    )
+    hidden, cache, _ = model.apply({"params": params}, batch, cache)
+    return model.apply({"params": params}, hidden, method="logits"), cache
+
+
+def kept(before: attention.Cache, after: attention.Cache, taken_B, T: int) -> attention.Cache:
+    """-> `after`, which has T tokens a row more than `before`, with only the first `taken` [B] of them.
+
+    Each row's are moved behind what it has, over its padding: so rows that accept less leave no holes, and the cursor
+    is where the longest row ends. What is left behind a row's end has document 0.
+    """
+    places = jnp.arange(before.document.shape[1])
+    used = jnp.max(jnp.where(before.document > 0, places + 1, 0), axis=1)
+
+    def move(x):
+        return write(x, jax.lax.dynamic_slice_in_dim(x, before.cursor, T, axis=1), used)
+
+    end = used + taken_B
+    return after.replace(
+        k=tuple(map(move, after.k)),
+        v=tuple(map(move, after.v)),
+        document=jnp.where(places < end[:, None], move(after.document), 0),
+        step=move(after.step),
+        index=move(after.index),
+        cursor=jnp.max(end),
+        next_position=before.next_position + taken_B[:, None],
+        last_step=before.last_step + taken_B,
+        last_index=before.last_index + taken_B,
+    )
+
+
+def write(x, new, at_B):
+    """x [B,S,...] with new [B,n,...] from each row's own place on."""
+    return jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=0))(x, new, at_B)
+
+
+def fold(keys_B, number):
+    """number: [B], or one for all rows."""
+    return jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(number) else None))(keys_B, number)
