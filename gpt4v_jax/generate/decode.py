@@ -112,7 +112,8 @@ def generate(
     return answers
 
 
-def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: int | None, max_length: int | None):
+def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: int | None,
+          max_length: int | None = None) -> list[int]:  # fmt: skip
     """-> how many tokens the answer to each prompt may have."""
     context = trained.layout.context
     if max_new_tokens is None and max_length is None:

@@ -1,13 +1,13 @@
 """What a round of speculative decoding is made of: the law of drawing, proposals, and a cache that takes them back."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
+from gpt4v_jax.generate import sample
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
 
@@ -25,28 +25,33 @@ class Lookup:
                 raise config.InputError(f"{name}={value} must be 1 or more")
 
 
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "do_sample")
+
+
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """Logits [...,V] -> probabilities [...,V] that are drawn from: softmax(restrict(logits / temperature)).
+    """Logits [...,V] -> probabilities [...,V] that are drawn from; greedy: all on the argmax. The draft has the same
+    law, else less is accepted. Raises InputError for laws that depend on what was said: a pass over several tokens does
+    not know it."""
 
-    temperature 0: all on the argmax. restrict [N,V] -> [N,V] puts -inf where a token may not be drawn (top-k, top-p);
-    jit knows it by identity, so give the same function again. The draft has the same law, else less is accepted.
-    """
+    sampling: sample.Sampling = sample.Sampling()  # noqa: RUF009, frozen
 
-    temperature: float = 0.0
-    restrict: Callable | None = None
+    def __post_init__(self):
+        for name, off in sample.OFF.items():
+            if name not in DRAWN and getattr(self.sampling, name) != off:
+                raise config.InputError(f"{name}={getattr(self.sampling, name)} does not go with speculative decoding: "
+                                        f"only {', '.join(DRAWN)} do")
 
     def __call__(self, logits):
-        if not self.temperature:
+        if not self.sampling.temperature:
             return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-        logits = logits / self.temperature
-        if self.restrict:
-            logits = self.restrict(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape)
-        return jax.nn.softmax(logits, axis=-1)
+        flat = logits.reshape(-1, logits.shape[-1])
+        rules = sample.rules([self.sampling] * len(flat), flat.shape[1])
+        return jax.nn.softmax(sample.restrict(flat, rules), axis=-1).reshape(logits.shape)
 
     def draw(self, keys_B, p_BV):
         """-> [B] int32. p need not sum to 1."""
-        if not self.temperature:
+        if not self.sampling.temperature:
             return jnp.argmax(p_BV, axis=-1).astype(jnp.int32)
         return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
 

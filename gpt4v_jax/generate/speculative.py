@@ -5,9 +5,8 @@ reads the last token and the k proposed ones in one pass of T = k + 1; a prefix 
 is drawn from what the pass says behind it. What is written follows the target model's law, whatever the draft is.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -16,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt4v_jax import config
-from gpt4v_jax.data import chat, packing
+from gpt4v_jax.data import chat
 from gpt4v_jax.generate import decode as plain
+from gpt4v_jax.generate import prompts as prompts_lib
+from gpt4v_jax.generate import sample
 from gpt4v_jax.generate.draft import Law, Lookup, extend, fold, kept, look_up, propose, write
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
@@ -56,41 +57,39 @@ def slots(width: int, new: int, k: int) -> int:
 def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
-    read: plain.Read | None = None,
+    read: prompts_lib.Read | None = None,
     max_new_tokens: int = 64,
     draft: Trained | Lookup = Lookup(),  # noqa: B008, frozen
     num_assistant_tokens: int = 5,
-    temperature: float = 0.0,
+    sampling: sample.Sampling = plain.GREEDY,
     seeds: Sequence[int] = (),
-    restrict: Callable | None = None,
     draft_prompts: Sequence[chat.Document] = (),
-    draft_read: plain.Read | None = None,
+    draft_read: prompts_lib.Read | None = None,
 ) -> tuple[list[list[int]], Counts]:
     """-> (the tokens of each answer without the one that ends it, counts of each row).
 
     draft: another model of the same vocabulary, or prompt lookup; num_assistant_tokens: what a model proposes in a
-    round. temperature, restrict: of `Law`; seeds: one a prompt. draft_prompts, draft_read: the prompts as the draft
+    round. sampling: `Law`'s; seeds: one a prompt. draft_prompts, draft_read: the prompts as the draft
     model's layout lays them, where it lays media otherwise. Raises InputError.
 
-    temperature 0 gives decode.generate's tokens, but where two logits tie within the rounding of a pass over T = k + 1
+    Greedy gives decode.generate's tokens, but where two logits tie within the rounding of a pass over T = k + 1
     positions in place of 1.
     """
-    if max_new_tokens < 1 or num_assistant_tokens < 1 or not temperature >= 0:
-        raise config.InputError(f"max_new_tokens={max_new_tokens}, num_assistant_tokens={num_assistant_tokens} must be "
-                                f"1 or more, temperature={temperature} 0 or more")
+    config.at_least(1, max_new_tokens=max_new_tokens, num_assistant_tokens=num_assistant_tokens)
+    law = Law(sampling)
     seeds = list(seeds) or list(range(len(prompts)))
     if len(seeds) != len(prompts):
         raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
-    room = np.array([max(min(max_new_tokens, trained.layout.context - len(p)), 0) for p in prompts])
+    room = np.array(plain.rooms(trained, prompts, max_new_tokens))
     looks = isinstance(draft, Lookup)
     k = draft.prompt_lookup_num_tokens if looks else num_assistant_tokens
     new = -(-int(max(room)) // plain.BLOCK) * plain.BLOCK  # few shapes are compiled
-    logits, cache, there = _prefill(trained, prompts, read, slots(0, new, k))
+    logits, cache, there = plain.begin(trained, prompts, read, slots(0, new, k))
     draft_cache = None
     if not looks:
         check(trained, draft, () if draft_prompts else prompts)
         # Its own prompt's cache; the logits are not needed: the target model draws the first token.
-        _, draft_cache, _ = _prefill(draft, draft_prompts or prompts, draft_read or read, slots(0, new, k))
+        _, draft_cache, _ = plain.begin(draft, draft_prompts or prompts, draft_read or read, slots(0, new, k))
 
     texts = [[*p.source, *p.tokens.tolist()] for p in prompts]  # a source may be copied from, too
     length = np.array([len(text) for text in texts], np.int32)
@@ -98,7 +97,7 @@ def generate(
     for row, ids in zip(text, texts, strict=True):
         row[: len(ids)] = ids
     keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
-    law, end, limit = Law(temperature, restrict), trained.tokenizer.ends, length + room
+    end, limit = trained.tokenizer.ends, length + room
     state = begin(logits, cache, draft_cache, text, length, limit, ~there, keys, law, end)
     proposer = (draft, None) if looks else (draft.model, draft.params)
     state = decode(trained.model, trained.params, *proposer, state, limit, keys, new, k, law, end)
@@ -121,21 +120,6 @@ def check(trained: Trained, draft: Trained, prompts: Sequence[chat.Document] = (
 
 def _words(tokenizer) -> list:
     return [tokenizer.token(id) for id in range(tokenizer.vocab)]
-
-
-def _prefill(trained: Trained, prompts, read, more: int):
-    """-> (logits [B,V], a cache with room for `more` slots, which rows could be read [B] bool)."""
-    context, most = trained.layout.context, trained.layout.source
-    longest, asked = max(map(len, prompts)), max(len(p.source) for p in prompts)
-    if not trained.run.model.causal or longest >= context or asked > most:
-        raise config.InputError(f"a prompt of {longest} positions, {asked} for the encoder: the model is to be causal "
-                                f"and to have a longer context than {context}, and {most}")  # fmt: skip
-    pairs = ((longest, context), (max(asked, 1), most))
-    width, source = (min(-(-n // plain.BUCKET) * plain.BUCKET, most) for n, most in pairs)
-    layout = dataclasses.replace(trained.layout, context=width, source=source, **plain.budgets(prompts, trained.layout))
-    batch = packing.stack([packing.fill([p], read, layout) for p in prompts])
-    logits, cache = plain.prefill(trained.model.clone(layout=layout), trained.params, batch, width + more)
-    return logits, cache, batch.document.any(axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("law", "end"), donate_argnames=("cache", "draft_cache"))
