@@ -189,6 +189,7 @@ def is_tree(value):
 SCHEMAS = [  # (schema, what its values are)
     ({"enum": ["red", 7, None]}, lambda v: v in ("red", 7, None)),
     ({"type": "integer", "minimum": -5, "exclusiveMaximum": 120}, lambda v: type(v) is int and -5 <= v < 120),
+    ({"type": "integer", "minimum": 0, "maximum": 9999, "multipleOf": 97}, lambda v: v % 97 == 0),
     ({"type": "string", "minLength": 2, "maxLength": 4}, lambda v: isinstance(v, str) and 2 <= len(v) <= 4),
     ({"type": "string", "pattern": "^[a-c]{2}[0-9]$"}, lambda v: re.fullmatch("[a-c]{2}[0-9]", v)),
     ({"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
@@ -330,10 +331,16 @@ def nested(depth):
     (constrain.json_schema, chain(1000), "1001 different .* make it flatter"),
     (constrain.json_schema, chain(3000), "bytes: give at most"),
     (constrain.json_schema, {"enum": ["a" * 100] * 1000}, "bytes: give at most 65536"),
+    (constrain.json_schema, {"prefixItems": [{"multipleOf": 7}] * 9}, "has 9 multipleOf: give at most 8"),
+    (constrain.json_schema, {"patternProperties": {f"a{i}": {} for i in range(33)}}, "has 33 patternProperties"),
+    (constrain.json_schema, {"patternProperties": 3}, "cannot be used"),
     (constrain.json_schema, {"const": float("nan")}, "is no JSON"),
     (constrain.json_schema, {"const": {1, 2}}, "is no JSON"),
     (constrain.json_schema, {"const": "\ud800"}, "cannot be used"),
-    (constrain.json_schema, {"type": "integer", "multipleOf": 10**9 + 7}, "fuel exhausted"),
+    (constrain.json_schema, {"type": "integer", "multipleOf": 10**9 + 7}, "multipleOf=.* may be 10000: give rounder"),
+    (constrain.json_schema, {"allOf": [{"multipleOf": 1.01}, {"multipleOf": 103}]}, "may be 10000: give rounder"),
+    (constrain.json_schema, {"multipleOf": 0}, "invalid multiple of"),
+    (constrain.json_schema, {"multipleOf": "7"}, "cannot be used"),
 ], ids=lambda value: getattr(value, "__name__", reprlib.repr(value)[:30]))  # fmt: skip
 def test_bad_input(build, given, message):
     start = time.process_time()
@@ -349,6 +356,8 @@ def test_bad_input(build, given, message):
     constrain.json_schema(nested(60)), constrain.json_schema(chain(190)),
     constrain.json_schema({"type": "string", "minLength": 10**6}),
     constrain.json_schema({"type": "array", "minItems": 10**9}),
+    constrain.json_schema({"prefixItems": [{"type": "integer", "multipleOf": 9973} for _ in range(8)]}),
+    constrain.json_schema({"patternProperties": {f"^a{i}[a-z]*$": {"type": "string"} for i in range(32)}}),
     constrain.json_schema({"properties": {f"p{i}": {"type": "string"} for i in range(1000)}}),
 ], ids=lambda grammar: grammar.shown[:40])  # fmt: skip
 def test_what_looks_dangerous_is_quick(grammar):
