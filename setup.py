@@ -26,9 +26,12 @@ CORE = [
 ]
 MEDIA = ["av>=14.0", "soundfile>=0.13"]  # clips and sound
 SCORES = ["jiwer>=4.0", "sacrebleu>=2.5"]  # of speech and of translation
+# Output by a regular expression, choices or a JSON schema. 1.7 and 1.8 take all memory for {"minItems": 1000000000}.
+CONSTRAIN = ["llguidance>=1.9.1"]
 TEST = [
     *MEDIA,
     *SCORES,
+    *CONSTRAIN,
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -49,6 +52,7 @@ setup(
     extras_require={
         "media": MEDIA,
         "scores": SCORES,
+        "serve": CONSTRAIN,
         "test": TEST,
         "dev": TEST,
         "gpu": ["jax[cuda12]"],  # driver 525 or later; from 580 on jax[cuda13] works, too
