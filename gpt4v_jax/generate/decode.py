@@ -17,8 +17,8 @@ import numpy as np
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, packing
+from gpt4v_jax.generate import constrain, sample
 from gpt4v_jax.generate import prompts as prompts_lib
-from gpt4v_jax.generate import sample
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training.workdir import Trained
@@ -64,6 +64,7 @@ def generate(
     num_return_sequences: int = 1,
     negative: Sequence[chat.Document] = (),
     logits_processor: Sequence[Processor] = (),
+    grammar: constrain.Grammar | None = None,
     logprobs: int | None = None,
     output_scores: bool = False,
 ) -> list[Answer]:
@@ -72,8 +73,9 @@ def generate(
     read: medium -> its patches, as a source's. max_new_tokens: NEW_TOKENS where neither it nor max_length is given;
     max_length counts the prompt's positions, too, and yields to it. seeds: one a prompt; its sequence i has seed + i.
     negative: the second prompt of each, for sampling.guidance_scale. logits_processor: functions of (History, logits
-    [B,V]) -> logits [B,V], traced once; they come last. logprobs: an answer tells its tokens' and those of so many of
-    the most probable ones. output_scores: it tells the processed logits.
+    [B,V]) -> logits [B,V], traced once; they come last. grammar: what an answer must match (generate.constrain), asked
+    before each token. logprobs: an answer tells its tokens' and those of so many of the most probable ones.
+    output_scores: it tells the processed logits.
     """
     seeds = list(seeds) or list(range(len(prompts)))
     if len(seeds) != len(prompts):
@@ -87,26 +89,35 @@ def generate(
     seeds = [seed + i for seed in seeds for i in range(num_return_sequences)]
     asks, second = ([p for p in given for _ in range(num_return_sequences)] for given in (prompts, negative))
     room = rooms(trained, asks, max_new_tokens, max_length)
-    blocks = -(-max(room) // BLOCK)
-    logits, cache, there = begin(trained, [*asks, *second], read, blocks * BLOCK)
+    n = 1 if grammar else BLOCK  # tokens at a time
+    blocks = -(-max(room) // n)
+    # Of a grammar, too, whole blocks: few shapes are compiled.
+    logits, cache, there = begin(trained, [*asks, *second], read, -(-max(room) // BLOCK) * BLOCK)
 
     rules = sample.rules([sampling] * len(asks), trained.run.model.vocab)
     keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
-    past = sample.history([p.tokens for p in asks], blocks * BLOCK)
+    past = sample.history([p.tokens for p in asks], -(-max(room) // BLOCK) * BLOCK)
     told: list[Told] = []
+    matchers = [constrain.Matcher(grammar, trained.tokenizer, not trained.chats and not p.source) for p in asks
+                if grammar]  # fmt: skip
     # A prompt whose media cannot be read is padding: nothing answers it.
     answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there[: len(asks)]]
     for _ in range(blocks):
         done = jnp.array([answer is not None for answer in answers])
+        allowed = constrain.masks(matchers, trained.run.model.vocab) if grammar else None
         new, logits, cache, past = decode(  # not the clone: of media in the stream other ones compile nothing anew
             trained.model, trained.params, logits, cache, past, keys, done, rules, trained.tokenizer.ends,
-            tuple(logits_processor), logprobs=logprobs, output_scores=output_scores,
+            tuple(logits_processor), allowed, tokens=n, logprobs=logprobs, output_scores=output_scores,
         )  # fmt: skip
         told.append(jax.tree.map(np.asarray, new))
         so_far = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *told)
         for i, answer in enumerate(answers):
             if answer is None:
-                answers[i] = _finished(trained, asks[i], jax.tree.map(lambda x, i=i: x[i], so_far), room[i], stop)
+                of_row, complete = jax.tree.map(lambda x, i=i: x[i], so_far), False
+                if grammar:
+                    matchers[i].advance(int(of_row.tokens[-1]))
+                    complete = matchers[i].finished  # nothing but an end may follow: it need not
+                answers[i] = _finished(trained, asks[i], of_row, room[i], stop, complete)
         if all(answers):
             break
     return answers
@@ -158,10 +169,10 @@ def budgets(prompts: Sequence[chat.Document], layout: batch_lib.Layout) -> dict[
     return {"items": tuple(most[::2]), "patches": tuple(most[1::2])}
 
 
-def _finished(trained: Trained, asked: chat.Document, told: Told, room: int, stop: Sequence[str]):
-    """-> the Answer, if the tokens told of hold its end, else None. Text is cut before a stop string."""
+def _finished(trained: Trained, asked: chat.Document, told: Told, room: int, stop: Sequence[str], complete: bool):
+    """-> the Answer, if the tokens told of end it or are complete, else None. Text is cut before a stop string."""
     tokens = told.tokens.tolist()
-    kept, finish = tokens[:room], "length" if len(tokens) >= room else None
+    kept, finish = tokens[:room], "stop" if complete else "length" if len(tokens) >= room else None
     at = next((i for i, token in enumerate(kept) if token in trained.tokenizer.ends), None)
     if at is not None:
         kept, finish = kept[:at], "stop"

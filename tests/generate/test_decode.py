@@ -11,8 +11,9 @@ import pytest
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.data import chat, packing
+from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.eval import common
-from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.generate import constrain, decode, sample
 from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model import attention
@@ -399,6 +400,30 @@ def test_logits_processors_come_last():
 
     answer = decode.generate(trained, [prompt], None, len(prompt), logits_processor=[backwards])[0]
     assert answer.tokens == tuple(prompt.tokens[::-1])
+
+
+@pytest.mark.parametrize("end", [7, -1], ids=["end token", "none"])
+def test_a_grammar(end):
+    """Every drawn answer is one of the choices, each comes about; a row does not depend on its neighbours. Without an
+    end token "ab" cannot say that it is one, for "abc" may follow."""
+    pytest.importorskip("llguidance")
+    trained = make(context=64, size=0)
+    tokenizer = tokenizer_lib.train("char", ["".join(sorted(LETTERS))], 0)
+    letter = tokenizer.token(end) if end >= 0 else "none"
+    tokenizer = tokenizer_lib.Tokenizer(tokenizer.inner, (letter,))
+    trained = dataclasses.replace(trained, tokenizer=tokenizer)
+    words = [word for word in ("abc", "abd", "ab", "xy", "s") if letter not in word]
+    prompts = [prompts_lib.prompt(trained, text) for text in ("ab", "stu", "a bc d")]
+    grammar = constrain.choices(words)
+
+    def say(prompts, seeds, **more):
+        return decode.generate(trained, prompts, None, 8, sample.Sampling(3.0), seeds, grammar=grammar, **more)
+
+    together = say(prompts, [1, 21, 41], num_return_sequences=12)
+    assert {answer.text for answer in together} == set(words) - ({"ab"} if end < 0 else set())
+    assert {answer.finish for answer in together} == {"stop"}
+    assert together[12:14] == say(prompts[1:2], [21], num_return_sequences=2)
+    assert all(trained.tokenizer.decode(answer.tokens) == answer.text for answer in together)
 
 
 OPTIONS = [
