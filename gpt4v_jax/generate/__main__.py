@@ -5,6 +5,7 @@ python -m gpt4v_jax.generate --workdir runs/digits_world --chat
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 from absl import flags
@@ -13,7 +14,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
 from gpt4v_jax.data import chat, mixture, sources
 from gpt4v_jax.data.transforms import BadMedium
-from gpt4v_jax.generate import decode, prompts, sample
+from gpt4v_jax.generate import beam, constrain, decode, prompts, sample, speculative
 from gpt4v_jax.training import workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
@@ -39,6 +40,18 @@ _BAD_WORDS = flags.DEFINE_multi_string("bad_words", [], "a text, blanks count, t
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "print each token's log-probability beside so many of the best ones")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "the second prompt of guidance_scale; otherwise the first one "
                                 "without its media, or its last token")  # fmt: skip
+_BEAMS = flags.DEFINE_integer("num_beams", 1, "beam search with so many beams; nothing is drawn")
+_LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "of beams: above 0 long answers are favoured")
+_EARLY = flags.DEFINE_enum("early_stopping", "False", ("False", "True", "never"), "of beams: True ends with the first "
+                           "num_beams that are finished")  # fmt: skip
+_LOOKUP = flags.DEFINE_integer("prompt_lookup_num_tokens", None, "speculative decoding: propose so many tokens that "
+                               "stand in the text already")  # fmt: skip
+_ASSISTANT = flags.DEFINE_string("assistant_model", None, "speculative decoding: the workdir of a smaller model of the "
+                                 "same vocabulary, which proposes")  # fmt: skip
+_ASSISTANT_TOKENS = flags.DEFINE_integer("num_assistant_tokens", 5, "so many tokens at a time")
+_REGEX = flags.DEFINE_string("regex", None, "the answer matches this regular expression")
+_CHOICES = flags.DEFINE_multi_string("choice", [], "the answer is one of these; may be given several times")
+_SCHEMA = flags.DEFINE_string("json_schema", None, "the answer is JSON of the schema in this file")
 _SAMPLING = {
     name: (flags.DEFINE_integer if isinstance(sample.OFF[name], int) else flags.DEFINE_float)(name, None, meaning)
     for name, meaning in {
@@ -89,8 +102,23 @@ def main() -> None:
         prompt = prompts.prompt(trained, question, media)
     if sampling.guidance_scale != 1:
         second = [_second(trained, prompt, question)]
-    answers = _generate(trained, prompt, read, sampling, negative=second, logprobs=_LOGPROBS.value,
-                        num_return_sequences=_SEQUENCES.value)  # fmt: skip
+    speculates = _LOOKUP.value is not None or _ASSISTANT.value is not None
+    for way, chosen, flags_ in (("--num_beams", _BEAMS.value != 1, ()),
+                                ("speculative decoding", speculates, (_SEQUENCES, _MAX_LENGTH, _BEAMS))):  # fmt: skip
+        for flag in (_STOP, _LOGPROBS, _REGEX, _CHOICES, _SCHEMA, *flags_) if chosen else ():
+            if flag.present:
+                raise config.InputError(f"--{flag.name} does not go with {way}: leave one of them out")
+    if _BEAMS.value != 1:
+        answers = beam.generate(
+            trained, [prompt], read, _MAX_NEW_TOKENS.value, _BEAMS.value, sampling, max_length=_MAX_LENGTH.value,
+            length_penalty=_LENGTH_PENALTY.value, num_return_sequences=_SEQUENCES.value,
+            early_stopping="never" if _EARLY.value == "never" else _EARLY.value == "True",
+        )  # fmt: skip
+    elif speculates:
+        answers = _speculate(trained, prompt, read, sampling, files)
+    else:
+        answers = _generate(trained, prompt, read, sampling, negative=second, logprobs=_LOGPROBS.value,
+                            num_return_sequences=_SEQUENCES.value)  # fmt: skip
     if truth is not None:
         print(f"question: {question}\ntruth:    {truth}")
     goes_on = not trained.chats and not trained.run.model.source
@@ -103,7 +131,37 @@ def main() -> None:
 
 def _generate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, **more):
     return decode.generate(trained, [prompt], read, _MAX_NEW_TOKENS.value, sampling, [_SEED.value], _STOP.value,
-                           max_length=_MAX_LENGTH.value, **more)  # fmt: skip
+                           max_length=_MAX_LENGTH.value, grammar=_grammar(), **more)  # fmt: skip
+
+
+def _grammar() -> constrain.Grammar | None:
+    given = [(what, value) for what, value in
+             ((constrain.regex, _REGEX.value), (constrain.choices, _CHOICES.value), (_schema, _SCHEMA.value)) if value]
+    if len(given) > 1:
+        raise config.InputError("--regex, --choice and --json_schema do not go together: give one of them")
+    return given[0][0](given[0][1]) if given else None
+
+
+def _schema(path: str) -> constrain.Grammar:
+    try:
+        return constrain.json_schema(json.loads(Path(path).read_text()))
+    except (OSError, ValueError) as error:
+        raise config.InputError(f"--json_schema={path} is no file with JSON: {error}") from error
+
+
+def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, files):
+    """Says, too, how much of what was proposed was accepted."""
+    draft, more = speculative.Lookup(_LOOKUP.value if _LOOKUP.value is not None else 1), {}
+    if _ASSISTANT.value:
+        draft = workdir.restore(Path(_ASSISTANT.value))
+        if prompt.media and files:  # it may lay media otherwise
+            media, draft_read = prompts.attach(draft.layout, files)
+            more = {"draft_prompts": [prompts.prompt(draft, _PROMPT.value, media)], "draft_read": draft_read}
+    tokens, counts = speculative.generate(trained, [prompt], read, _MAX_NEW_TOKENS.value or decode.NEW_TOKENS, draft,
+                                          _ASSISTANT_TOKENS.value, sampling, [_SEED.value], **more)  # fmt: skip
+    accepted, drafted, rounds = (int(x[0]) for x in (counts.accepted, counts.drafted, counts.rounds))
+    print(f"{len(tokens[0])} tokens, {rounds + 1} passes of the model; {accepted} of {drafted} proposals accepted")
+    return [decode.Answer(trained.tokenizer.decode(tokens[0]), tuple(tokens[0]), "")]
 
 
 def _name(trained: workdir.Trained, token: int) -> str:

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt4v_jax import config
-from gpt4v_jax.generate import decode
+from gpt4v_jax.data import chat
+from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training.workdir import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,52 @@ class State(NamedTuple):
     done: jax.Array  # [B,W,N] int32 tokens of finished beams, -1 behind them
     scores: jax.Array  # [B,W] float32 of finished beams, best first; -inf: none
     open: jax.Array  # [B] bool: the search goes on
+
+
+def generate(
+    trained: Trained,
+    prompts: Sequence[chat.Document],
+    read: prompts_lib.Read | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int = 4,
+    sampling: sample.Sampling = decode.GREEDY,
+    *,
+    max_length: int | None = None,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    num_return_sequences: int = 1,
+) -> list[decode.Answer]:
+    """-> the best num_return_sequences Answers of each prompt, best first; other arguments are decode.generate's and
+    `search`'s. Of sampling what changes logits is applied to log-probabilities, as there; nothing is drawn."""
+    if sampling.temperature or sampling.guidance_scale != 1:
+        raise config.InputError(f"num_beams={num_beams} draws nothing and is not guided: leave temperature at 0 and "
+                                "guidance_scale at 1")  # fmt: skip
+    room = decode.rooms(trained, prompts, max_new_tokens, max_length)
+    slots = -(-max(room) // decode.BLOCK) * decode.BLOCK
+    logits, cache, there = decode.begin(trained, prompts, read, slots)
+    rows = [p.tokens for p in prompts for _ in range(num_beams)]
+    rules = sample.rules([sampling] * len(rows), trained.run.model.vocab)
+    ends = trained.tokenizer.ends
+    process = jax.tree_util.Partial(_processed, sample.history(rows, slots), rules, ends) if rules else None
+    found = search(trained.model, trained.params, logits, cache, num_beams, room, ends, length_penalty, early_stopping,
+                   num_return_sequences, process)  # fmt: skip
+    answers = []
+    for here, beams in zip(there, found, strict=True):
+        for beam in beams:
+            tokens = beam.tokens[:-1] if beam.finish == "stop" else beam.tokens
+            text = trained.tokenizer.decode(tokens)
+            answers.append(decode.Answer(text, tokens, beam.finish, sequences_score=beam.score) if here else
+                           decode.Answer("", (), "unreadable"))  # fmt: skip
+    return answers
+
+
+def _processed(past: sample.History, rules: sample.Rules, end, tokens, scores):
+    """Sampling's laws as `search` wants them: tokens [R,N] are the answers, -1 behind them."""
+    n = (tokens >= 0).sum(axis=1)
+    at = past.prompt[:, None] + jnp.arange(tokens.shape[1])
+    rows = jnp.arange(len(tokens))[:, None]
+    whole = past.tokens.at[rows, at].set(jnp.maximum(tokens, 0), mode="drop")
+    return sample.processed(scores, past.replace(tokens=whole, length=past.prompt + n), rules, end)
 
 
 def search(

@@ -37,6 +37,7 @@ class Answer:
     logprobs: tuple[float, ...] = ()  # of the tokens, by the model itself: before bias, penalties and temperature
     top: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the most probable ones, (token, logprob)
     scores: Any = None  # [n,V] float32: what each token was chosen by, after bias and penalties
+    sequences_score: float | None = None  # of a beam: its log-probability / length ** length_penalty
 
 
 @flax.struct.dataclass

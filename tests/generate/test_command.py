@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 
 import pytest
 from absl.testing import flagsaver
@@ -125,3 +126,38 @@ def test_bad_input(args, message, folder, tmp_path, capsys, monkeypatch):  # noq
     status, out, err = say(capsys, monkeypatch, f"--workdir={folder}", *args)
     assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert not out
+
+
+def test_beams_grammars_and_speculation(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Greedy by speculation is greedy; a beam's best is no worse than it; what a grammar says holds."""
+    pytest.importorskip("llguidance")
+    asked = [f"--workdir={folder}", "--prompt=where is the red digit?", "--max_new_tokens=8"]
+
+    def answers(*flags):
+        return [text.strip() for text in say(capsys, monkeypatch, *asked, *flags)[1].split("answer:")[1:]]
+
+    (greedy,) = answers()
+    status, out, _ = say(capsys, monkeypatch, *asked, "--prompt_lookup_num_tokens=3")
+    assert status == 0 and "passes of the model" in out and out.split("answer:")[1].strip() == greedy
+    assert answers(f"--assistant_model={folder}", "--num_assistant_tokens=3") == [greedy]
+    assert len(answers("--num_beams=3", "--num_return_sequences=2", "--early_stopping=True")) == 2
+    assert answers("--choice=top", "--choice=left")[0] in ("top", "left")
+    assert re.fullmatch("[0-9]{2}", answers("--regex=[0-9]{2}")[0])
+    (tmp_path / "schema.json").write_text('{"type": "boolean"}')
+    assert answers(f"--json_schema={tmp_path / 'schema.json'}")[0] in ("true", "false")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--regex=("], "regex='(' cannot be used"), (["--regex=a", "--choice=b"], "do not go together"),
+    (["--num_beams=2", "--stop=x"], "--stop does not go with --num_beams"),
+    (["--prompt_lookup_num_tokens=2", "--choice=x"], "--choice does not go with speculative decoding"),
+    (["--json_schema={dir}/none.json"], "none.json is no file with JSON"), (["--num_beams=0"], "num_beams=0 must be 1"),
+    (["--num_beams=2", "--temperature=1"], "num_beams=2 draws nothing"),
+    (["--prompt_lookup_num_tokens=0"], "prompt_lookup_num_tokens=0 must be 1"),
+    (["--prompt_lookup_num_tokens=2", "--repetition_penalty=2"], "does not go with speculative decoding"),
+])  # fmt: skip
+def test_bad_ways_of_decoding(args, message, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    pytest.importorskip("llguidance")
+    args = [arg.format(dir=tmp_path) for arg in args]
+    status, out, err = say(capsys, monkeypatch, f"--workdir={folder}", "--prompt=x", *args)
+    assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err

@@ -13,7 +13,7 @@ from gpt4v_jax import config, sharding
 from gpt4v_jax.data import chat, packing
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.eval import common
-from gpt4v_jax.generate import constrain, decode, sample
+from gpt4v_jax.generate import beam, constrain, decode, sample
 from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model import attention
@@ -464,6 +464,26 @@ def test_greedy_answers_under_options_are_hugging_face_s(both, options):
         assert list(ours[0].tokens) == (expected[:-1] if expected[-1] == 5 else expected)
         found.append(ours[0].tokens)
     assert len(set(found)) > 4
+
+
+@pytest.mark.parametrize("options", [{}, {"no_repeat_ngram_size": 1, "min_new_tokens": 4}], ids=["plain", "laws"])
+def test_beams_are_hugging_face_s(both, options):
+    import torch
+
+    trained, model = both
+    prompts = [np.random.default_rng(seed).integers(6, 32, size=6) for seed in range(6)]
+    ours = beam.generate(trained, [prompts_lib.plain(p) for p in prompts], None, 12, 3, sample.Sampling(**options),
+                         length_penalty=0.5, num_return_sequences=2)  # fmt: skip
+    there = model.generate(
+        torch.tensor(np.array(prompts)), max_new_tokens=12, do_sample=False, pad_token_id=0, num_beams=3, **options,
+        length_penalty=0.5, num_return_sequences=2, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    expected = [row[6:].tolist() for row in there.sequences]
+    assert [list(a.tokens) for a in ours] == [row[: row.index(5)] if 5 in row else row for row in expected]
+    np.testing.assert_allclose([a.sequences_score for a in ours], there.sequences_scores.numpy(), rtol=1e-4)
+    assert {a.finish for a in ours} == {"stop", "length"}
+    with pytest.raises(config.InputError, match="num_beams=3 draws nothing"):
+        beam.generate(trained, [prompts_lib.plain(prompts[0])], None, 12, 3, sample.Sampling(1.0))
 
 
 # ---- bad input
