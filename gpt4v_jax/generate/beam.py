@@ -73,11 +73,12 @@ def generate(
                    num_return_sequences, process)  # fmt: skip
     answers = []
     for here, beams in zip(there, found, strict=True):
-        for beam in beams:
+        for beam in beams if here else ():
             tokens = beam.tokens[:-1] if beam.finish == "stop" else beam.tokens
             text = trained.tokenizer.decode(tokens)
-            answers.append(decode.Answer(text, tokens, beam.finish, sequences_score=beam.score) if here else
-                           decode.Answer("", (), "unreadable"))  # fmt: skip
+            answers.append(decode.Answer(text, tokens, beam.finish, sequences_score=beam.score))
+        nothing = decode.Answer("", (), "forbidden" if here else "unreadable")
+        answers += [nothing] * (num_return_sequences - (len(beams) if here else 0))
     return answers
 
 

@@ -34,6 +34,7 @@ class Answer:
     text: str
     tokens: tuple[int, ...]
     finish: str  # stop: <end> or a stop string | length: max_new_tokens, or the context is full | unreadable: a medium
+    # | forbidden: so many tokens are that there are no more beams
     logprobs: tuple[float, ...] = ()  # of the tokens, by the model itself: before bias, penalties and temperature
     top: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the most probable ones, (token, logprob)
     scores: Any = None  # [n,V] float32: what each token was chosen by, after bias and penalties
