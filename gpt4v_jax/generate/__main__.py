@@ -76,6 +76,7 @@ _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best
 def main() -> None:
     given = {name: flag.value for name, flag in _SAMPLING.items() if flag.value is not None}
     sample.Sampling(**given)  # bad values are said at once
+    _check_ways()
     config.at_least(1, num_return_sequences=_SEQUENCES.value)
     config.at_least(0, seed=_SEED.value, logprobs=_LOGPROBS.value or 0)
     folder = Path(_WORKDIR.value)
@@ -102,19 +103,13 @@ def main() -> None:
         prompt = prompts.prompt(trained, question, media)
     if sampling.guidance_scale != 1:
         second = [_second(trained, prompt, question)]
-    speculates = _LOOKUP.value is not None or _ASSISTANT.value is not None
-    for way, chosen, flags_ in (("--num_beams", _BEAMS.value != 1, ()),
-                                ("speculative decoding", speculates, (_SEQUENCES, _MAX_LENGTH, _BEAMS))):  # fmt: skip
-        for flag in (_STOP, _LOGPROBS, _REGEX, _CHOICES, _SCHEMA, *flags_) if chosen else ():
-            if flag.present:
-                raise config.InputError(f"--{flag.name} does not go with {way}: leave one of them out")
     if _BEAMS.value != 1:
         answers = beam.generate(
             trained, [prompt], read, _MAX_NEW_TOKENS.value, _BEAMS.value, sampling, max_length=_MAX_LENGTH.value,
             length_penalty=_LENGTH_PENALTY.value, num_return_sequences=_SEQUENCES.value,
             early_stopping="never" if _EARLY.value == "never" else _EARLY.value == "True",
         )  # fmt: skip
-    elif speculates:
+    elif _speculates():
         answers = _speculate(trained, prompt, read, sampling, files)
     else:
         answers = _generate(trained, prompt, read, sampling, negative=second, logprobs=_LOGPROBS.value,
@@ -127,6 +122,29 @@ def main() -> None:
         for token, logprob, best in zip(answer.tokens, answer.logprobs, answer.top, strict=False):
             others = ", ".join(f"{_name(trained, other)} {value:.3f}" for other, value in best)
             print(f"  {_name(trained, token)} {logprob:.3f}" + (f"   of {others}" if others else ""))
+
+
+def _speculates() -> bool:
+    return _LOOKUP.value is not None or _ASSISTANT.value is not None
+
+
+def _check_ways() -> None:
+    """Raises InputError for a flag that the chosen way of decoding would not heed."""
+    grammars, guided = (_REGEX, _CHOICES, _SCHEMA), (_NEGATIVE, _SAMPLING["guidance_scale"])
+    for way, chosen, others in (
+        ("--chat", _CHAT.value, (_PROMPT, _RECORD, _LOGPROBS, _SEQUENCES, _BEAMS, _LOOKUP, _ASSISTANT, *guided)),
+        ("--num_beams", _BEAMS.value != 1, (_STOP, _LOGPROBS, _LOOKUP, _ASSISTANT, *grammars, *guided)),
+        ("speculative decoding", _speculates(), (_STOP, _LOGPROBS, _SEQUENCES, _MAX_LENGTH, *grammars, *guided)),
+    ):
+        for flag in others if chosen else ():
+            if flag.present:
+                raise config.InputError(f"--{flag.name} does not go with {way}: leave one of them out")
+    for flag, needed, there in (
+        (_NEGATIVE, "--guidance_scale", guided[1].present), (_LENGTH_PENALTY, "--num_beams", _BEAMS.value != 1),
+        (_EARLY, "--num_beams", _BEAMS.value != 1), (_ASSISTANT_TOKENS, "--assistant_model", _ASSISTANT.present),
+    ):  # fmt: skip
+        if flag.present and not there:
+            raise config.InputError(f"--{flag.name} says something of {needed}, which is not given")
 
 
 def _generate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, **more):
@@ -206,6 +224,8 @@ def _chat(trained: workdir.Trained, sampling: sample.Sampling, files: list[tuple
                 turns, new = [*asked, ("assistant", [answer.text])], []
         except (config.InputError, BadMedium) as error:
             print(f"error: {error}")
+        except KeyboardInterrupt:
+            print("stopped: ask again, or /exit")
 
 
 def _read(layout: batch_lib.Layout, modality: str, path: str) -> bytes:

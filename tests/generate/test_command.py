@@ -154,6 +154,9 @@ def test_beams_grammars_and_speculation(folder, tmp_path, capsys, monkeypatch): 
     (["--json_schema={dir}/none.json"], "none.json is no file with JSON"), (["--num_beams=0"], "num_beams=0 must be 1"),
     (["--num_beams=2", "--temperature=1"], "num_beams=2 draws nothing"),
     (["--prompt_lookup_num_tokens=0"], "prompt_lookup_num_tokens=0 must be 1"),
+    (["--chat"], "--prompt does not go with --chat"),
+    (["--negative_prompt=x"], "of --guidance_scale, which is not given"),
+    (["--num_beams=2", "--guidance_scale=2"], "--guidance_scale does not go with --num_beams"),
     (["--prompt_lookup_num_tokens=2", "--repetition_penalty=2"], "does not go with speculative decoding"),
 ])  # fmt: skip
 def test_bad_ways_of_decoding(args, message, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
