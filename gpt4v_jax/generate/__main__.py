@@ -15,6 +15,7 @@ from gpt4v_jax import command, config
 from gpt4v_jax.data import chat, mixture, sources
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.generate import beam, constrain, decode, prompts, sample, speculative
+from gpt4v_jax.generate import draft as draft_lib
 from gpt4v_jax.training import workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
@@ -40,6 +41,7 @@ _BAD_WORDS = flags.DEFINE_multi_string("bad_words", [], "a text, blanks count, t
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "print each token's log-probability beside so many of the best ones")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "the second prompt of guidance_scale; otherwise the first one "
                                 "without its media, or its last token")  # fmt: skip
+_DO_SAMPLE = flags.DEFINE_bool("do_sample", None, "draw, at temperature 1 if none is set; --nodo_sample is greedy")
 _BEAMS = flags.DEFINE_integer("num_beams", 1, "beam search with so many beams; nothing is drawn")
 _LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "of beams: above 0 long answers are favoured")
 _EARLY = flags.DEFINE_enum("early_stopping", "False", ("False", "True", "never"), "of beams: True ends with the first "
@@ -75,7 +77,10 @@ _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best
 
 def main() -> None:
     given = {name: flag.value for name, flag in _SAMPLING.items() if flag.value is not None}
-    sample.Sampling(**given)  # bad values are said at once
+    drawn = sample.Sampling(**given, do_sample=_DO_SAMPLE.value).temperature > 0  # bad values are said at once
+    cuts = [name for name in draft_lib.DRAWN if name in given and name != "temperature"]
+    if cuts and not drawn:
+        raise config.InputError(f"--{cuts[0]} says what is drawn, and nothing is: set --temperature, or --do_sample")
     _check_ways()
     config.at_least(1, num_return_sequences=_SEQUENCES.value)
     config.at_least(0, seed=_SEED.value, logprobs=_LOGPROBS.value or 0)
@@ -88,7 +93,10 @@ def main() -> None:
     files = [(name, _read(layout, name, path)) for name, flag in _FILES.items() for path in flag.value]
     trained = workdir.restore(folder, _STEP.value)
     words = tuple(tuple(trained.tokenizer.encode(word)) for word in _BAD_WORDS.value)
-    sampling = sample.Sampling(**given, bad_words_ids=words)
+    sampling = sample.Sampling(**given, do_sample=_DO_SAMPLE.value, bad_words_ids=words)
+    _grammar()
+    if _CHAT.value and not trained.chats:
+        raise config.InputError(f"--workdir={folder} was trained on plain text and knows no turns: leave --chat out")
     if _CHAT.value:
         return _chat(trained, sampling, files)
     question, truth, second = _PROMPT.value, None, ()
@@ -134,6 +142,7 @@ def _check_ways() -> None:
     for way, chosen, others in (
         ("--chat", _CHAT.value, (_PROMPT, _RECORD, _LOGPROBS, _SEQUENCES, _BEAMS, _LOOKUP, _ASSISTANT, *guided)),
         ("--num_beams", _BEAMS.value != 1, (_STOP, _LOGPROBS, _LOOKUP, _ASSISTANT, *grammars, *guided)),
+        ("--assistant_model", _ASSISTANT.value is not None, (_LOOKUP,)),
         ("speculative decoding", _speculates(), (_STOP, _LOGPROBS, _SEQUENCES, _MAX_LENGTH, *grammars, *guided)),
     ):
         for flag in others if chosen else ():
@@ -153,8 +162,8 @@ def _generate(trained: workdir.Trained, prompt: chat.Document, read, sampling: s
 
 
 def _grammar() -> constrain.Grammar | None:
-    given = [(what, value) for what, value in
-             ((constrain.regex, _REGEX.value), (constrain.choices, _CHOICES.value), (_schema, _SCHEMA.value)) if value]
+    kinds = ((constrain.regex, _REGEX), (constrain.choices, _CHOICES), (_schema, _SCHEMA))
+    given = [(make, flag.value) for make, flag in kinds if flag.present]
     if len(given) > 1:
         raise config.InputError("--regex, --choice and --json_schema do not go together: give one of them")
     return given[0][0](given[0][1]) if given else None
@@ -163,23 +172,24 @@ def _grammar() -> constrain.Grammar | None:
 def _schema(path: str) -> constrain.Grammar:
     try:
         return constrain.json_schema(json.loads(Path(path).read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise config.InputError(f"--json_schema={path} is no file with JSON: {error}") from error
 
 
 def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, files):
     """Says, too, how much of what was proposed was accepted."""
     draft, more = speculative.Lookup(_LOOKUP.value if _LOOKUP.value is not None else 1), {}
-    if _ASSISTANT.value:
+    if _ASSISTANT.value is not None:
         draft = workdir.restore(Path(_ASSISTANT.value))
         if prompt.media and files:  # it may lay media otherwise
             media, draft_read = prompts.attach(draft.layout, files)
             more = {"draft_prompts": [prompts.prompt(draft, _PROMPT.value, media)], "draft_read": draft_read}
-    tokens, counts = speculative.generate(trained, [prompt], read, _MAX_NEW_TOKENS.value or decode.NEW_TOKENS, draft,
-                                          _ASSISTANT_TOKENS.value, sampling, [_SEED.value], **more)  # fmt: skip
+    room = decode.NEW_TOKENS if _MAX_NEW_TOKENS.value is None else _MAX_NEW_TOKENS.value
+    tokens, counts = speculative.generate(trained, [prompt], read, room, draft, _ASSISTANT_TOKENS.value, sampling,
+                                          [_SEED.value], **more)  # fmt: skip
     accepted, drafted, rounds = (int(x[0]) for x in (counts.accepted, counts.drafted, counts.rounds))
     print(f"{len(tokens[0])} tokens, {rounds + 1} passes of the model; {accepted} of {drafted} proposals accepted")
-    return [decode.Answer(trained.tokenizer.decode(tokens[0]), tuple(tokens[0]), "")]
+    return [decode.Answer(decode.text_of(trained, prompt, tokens[0]), tuple(tokens[0]), "")]
 
 
 def _name(trained: workdir.Trained, token: int) -> str:

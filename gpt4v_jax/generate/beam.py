@@ -72,10 +72,10 @@ def generate(
     found = search(trained.model, trained.params, logits, cache, num_beams, room, ends, length_penalty, early_stopping,
                    num_return_sequences, process)  # fmt: skip
     answers = []
-    for here, beams in zip(there, found, strict=True):
+    for asked, here, beams in zip(prompts, there, found, strict=True):
         for beam in beams if here else ():
             tokens = beam.tokens[:-1] if beam.finish == "stop" else beam.tokens
-            text = trained.tokenizer.decode(tokens)
+            text = decode.text_of(trained, asked, tokens)
             answers.append(decode.Answer(text, tokens, beam.finish, sequences_score=beam.score))
         nothing = decode.Answer("", (), "forbidden" if here else "unreadable")
         answers += [nothing] * (num_return_sequences - (len(beams) if here else 0))

@@ -34,7 +34,7 @@ class Answer:
     text: str
     tokens: tuple[int, ...]
     finish: str  # stop: <end> or a stop string | length: max_new_tokens, or the context is full | unreadable: a medium
-    # | forbidden: so many tokens are that there are no more beams
+    # | forbidden: no token may follow, or no more beams are left
     logprobs: tuple[float, ...] = ()  # of the tokens, by the model itself: before bias, penalties and temperature
     top: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the most probable ones, (token, logprob)
     scores: Any = None  # [n,V] float32: what each token was chosen by, after bias and penalties
@@ -45,7 +45,7 @@ class Answer:
 class Told:
     """What decoding tells of the tokens that it has drawn; None of what was not asked for."""
 
-    tokens: jax.Array  # [B,n] int32
+    tokens: jax.Array  # [B,n] int32; -1: none was left to draw, which ends the row
     logprobs: jax.Array | None = None  # [B,n] float32, by the model itself
     top: jax.Array | None = None  # [B,n,k] int32: the most probable tokens
     top_logprobs: jax.Array | None = None  # [B,n,k] float32
@@ -79,31 +79,39 @@ def generate(
     before each token. logprobs: an answer tells its tokens' and those of so many of the most probable ones.
     output_scores: it tells the processed logits.
     """
-    seeds = list(seeds) or list(range(len(prompts)))
+    if not prompts:
+        return []
+    seeds = list(seeds) or [i * num_return_sequences for i in range(len(prompts))]
     if len(seeds) != len(prompts):
         raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
     if (sampling.guidance_scale != 1) != bool(negative) or negative and len(negative) != len(prompts):
         raise config.InputError(f"guidance_scale={sampling.guidance_scale} with {len(negative)} second prompts: give "
                                 f"one for each of the {len(prompts)} prompts, or leave it at 1, which needs none")
     config.at_least(1, num_return_sequences=num_return_sequences)
+    if num_return_sequences > 1 and not sampling.temperature:
+        raise config.InputError(f"num_return_sequences={num_return_sequences}: greedy answers are one and the same, "
+                                "set a temperature")  # fmt: skip
     if any(not text for text in stop):
         raise config.InputError("a stop string is empty: leave it out")
     seeds = [seed + i for seed in seeds for i in range(num_return_sequences)]
     asks, second = ([p for p in given for _ in range(num_return_sequences)] for given in (prompts, negative))
     room = rooms(trained, asks, max_new_tokens, max_length)
+    if second:  # it must not leave the context, either
+        room = [min(pair) for pair in zip(room, rooms(trained, second, max(room)), strict=True)]
     n = 1 if grammar else BLOCK  # tokens at a time
     blocks = -(-max(room) // n)
     # Of a grammar, too, whole blocks: few shapes are compiled.
     logits, cache, there = begin(trained, [*asks, *second], read, -(-max(room) // BLOCK) * BLOCK)
 
     rules = sample.rules([sampling] * len(asks), trained.run.model.vocab)
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+    keys = jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds], jnp.uint32))
     past = sample.history([p.tokens for p in asks], -(-max(room) // BLOCK) * BLOCK)
     told: list[Told] = []
     matchers = [constrain.Matcher(grammar, trained.tokenizer, not trained.chats and not p.source) for p in asks
                 if grammar]  # fmt: skip
     # A prompt whose media cannot be read is padding: nothing answers it.
-    answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there[: len(asks)]]
+    there = there.reshape(-1, len(asks)).all(axis=0)  # of both prompts
+    answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there]
     for _ in range(blocks):
         done = jnp.array([answer is not None for answer in answers])
         allowed = constrain.masks(matchers, trained.run.model.vocab) if grammar else None
@@ -116,7 +124,7 @@ def generate(
         for i, answer in enumerate(answers):
             if answer is None:
                 of_row, complete = jax.tree.map(lambda x, i=i: x[i], so_far), False
-                if grammar:
+                if grammar and of_row.tokens[-1] >= 0:
                     matchers[i].advance(int(of_row.tokens[-1]))
                     complete = matchers[i].finished  # nothing but an end may follow: it need not
                 answers[i] = _finished(trained, asks[i], of_row, room[i], stop, complete)
@@ -171,21 +179,30 @@ def budgets(prompts: Sequence[chat.Document], layout: batch_lib.Layout) -> dict[
     return {"items": tuple(most[::2]), "patches": tuple(most[1::2])}
 
 
+def text_of(trained: Trained, asked: chat.Document, tokens: Sequence[int]) -> str:
+    """-> the text of an answer's tokens."""
+    text = trained.tokenizer.decode(tokens)
+    if trained.chats or asked.source:
+        return text
+    # It goes on: some decoders drop the blank that a text begins with.
+    before = trained.tokenizer.decode(asked.tokens)
+    whole = trained.tokenizer.decode([*asked.tokens, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else text
+
+
 def _finished(trained: Trained, asked: chat.Document, told: Told, room: int, stop: Sequence[str], complete: bool):
-    """-> the Answer, if the tokens told of end it or are complete, else None. Text is cut before a stop string."""
+    """-> the Answer, if the tokens told of end it or are complete, else None. Its last token is the one that completes
+    a stop string, before which the text is cut."""
     tokens = told.tokens.tolist()
     kept, finish = tokens[:room], "stop" if complete else "length" if len(tokens) >= room else None
-    at = next((i for i, token in enumerate(kept) if token in trained.tokenizer.ends), None)
+    at = next((i for i, token in enumerate(kept) if token in trained.tokenizer.ends or token < 0), None)
     if at is not None:
-        kept, finish = kept[:at], "stop"
-    text = trained.tokenizer.decode(kept)
-    if not trained.chats and not asked.source:  # it goes on: some decoders drop the blank that a text begins with
-        before = trained.tokenizer.decode(asked.tokens)
-        whole = trained.tokenizer.decode([*asked.tokens, *kept])
-        text = whole[len(before) :] if whole.startswith(before) else text
-    cuts = [text.index(s) for s in stop if s in text]
-    if cuts:
-        text, finish = text[: min(cuts)], "stop"
+        kept, finish = kept[:at], "stop" if kept[at] >= 0 else "forbidden"
+    text = text_of(trained, asked, kept)
+    if any(s in text for s in stop):
+        n = next(n for n in range(1, len(kept) + 1) if any(s in text_of(trained, asked, kept[:n]) for s in stop))
+        kept, finish, text = kept[:n], "stop", text_of(trained, asked, kept[:n])
+        text = text[: min(text.index(s) for s in stop if s in text)]
     if not finish:
         return None
     told = jax.tree.map(lambda x: x[: len(kept)], told)
@@ -231,11 +248,12 @@ def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done
         if allowed is not None:
             x = jnp.where(allowed, x, -jnp.inf)
         token = sample.draw(x, jax.vmap(jax.random.fold_in)(keys, past.length - past.prompt), rules)
+        token = jnp.where((x > -jnp.inf).any(axis=-1), token, -1)
         told = Told(token, scores=x if output_scores else None)
         if logprobs is None:
             return told
         nats = jax.nn.log_softmax(raw, axis=-1)
-        best, which = jax.lax.top_k(nats, logprobs)
+        best, which = jax.lax.top_k(nats, min(logprobs, nats.shape[1]))
         return told.replace(logprobs=jnp.take_along_axis(nats, token[:, None], axis=1)[:, 0], top=which,
                             top_logprobs=best)  # fmt: skip
 
@@ -247,9 +265,10 @@ def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done
         n, told, logits, cache, past, done = carry
         new = drawn(logits, past)
         told = jax.tree.map(lambda all, x: all.at[:, n].set(x), told, new)
-        logits, cache = step(model, params, jnp.tile(new.tokens, len(logits) // len(keys)), cache)
-        done |= jnp.isin(new.tokens, jnp.array(end, jnp.int32))
-        return n + 1, told, logits, cache, past.append(new.tokens), done
+        token = jnp.maximum(new.tokens, 0)
+        logits, cache = step(model, params, jnp.tile(token, len(logits) // len(keys)), cache)
+        done |= jnp.isin(new.tokens, jnp.array(end, jnp.int32)) | (new.tokens < 0)
+        return n + 1, told, logits, cache, past.append(token), done
 
     shapes = jax.eval_shape(drawn, logits, past)
     told = jax.tree.map(lambda x: jnp.zeros((len(x), tokens, *x.shape[1:]), x.dtype), shapes)

@@ -52,7 +52,7 @@ def prompt(trained: Trained, text: str, media: Sequence[chat.Medium] = ()) -> ch
 
 def conversation(trained: Trained, turns: Sequence[tuple[str, Sequence[str | chat.Medium]]]) -> chat.Document:
     """-> the prompt of a conversation: turns are (role, texts and media in their order), the user's and the assistant's
-    in turn, the user's last. What `system` says stands in front of the user's next turn."""
+    in turn, the user's last; the user's in a row are one. What `system` says is put before the user's next turn."""
     if not trained.chats:
         raise config.InputError("this model was trained on plain text and knows no turns: give it a text to go on with")
     pieces, before = [], []
@@ -62,8 +62,10 @@ def conversation(trained: Trained, turns: Sequence[tuple[str, Sequence[str | cha
             raise config.InputError(f"turn {number + 1} is the assistant's, and no user's is before it")
         if role == "assistant" and any(isinstance(part, chat.Medium) for part in parts):
             raise config.InputError(f"turn {number + 1} is the assistant's and has a medium: only the user's may")
-        made = [chat.Piece(role, trained.tokenizer.encode(part)) if isinstance(part, str) else
-                chat.Piece("user", medium=part) for part in parts if part != ""]  # fmt: skip
+        made = [chat.Piece(role, trained.tokenizer.encode(part), trained=False) if isinstance(part, str) else
+                chat.Piece("user", medium=part) for part in parts]  # fmt: skip
+        if not made:
+            raise config.InputError(f"turn {number + 1} is empty: give it a text, be it an empty one, or leave it out")
         if role == "system":
             before += [dataclasses.replace(piece, role="user") for piece in made]
         else:

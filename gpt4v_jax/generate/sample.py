@@ -56,10 +56,16 @@ class Sampling:
             raise config.InputError("temperature=0.0 is greedy: with do_sample=True it must be above 0")
         if self.do_sample is False:
             object.__setattr__(self, "temperature", 0.0)
+        if 0 < self.temperature < COLDEST:
+            raise config.InputError(f"temperature={self.temperature} must be {COLDEST} or more, or 0, which is greedy")
+        for token, value in self.logit_bias:
+            if not abs(value) <= MOST:  # also NaN
+                raise config.InputError(f"logit_bias of the token {token} is {value}: at most {MOST:g} either way")
         if not all(self.bad_words_ids):
             raise config.InputError("one of bad_words_ids is empty: leave it out")
 
 
+COLDEST = 1e-4  # below it logits divided by the temperature leave float32
 MOST = 1e4  # of temperatures, penalties and scales: beyond it float32 says nothing more
 BOUNDS = (
     ("temperature", 0, MOST), ("top_k", 0, math.inf), ("top_p", 0, 1), ("min_p", 0, 1), ("typical_p", 0, 1),
@@ -222,7 +228,8 @@ def _highest(key_BV, mass_BV, enough_B1):
 
     The least key that stays is found bit by bit: a sort of the vocabulary takes many times as long on a CPU.
     """
-    bits = jax.lax.bitcast_convert_type(key_BV.astype(jnp.float32), jnp.uint32)
+    key = key_BV.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(key == 0, 0.0, key), jnp.uint32)  # -0.0 is 0.0
     order = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))  # unsigned, and rising as the keys do
 
     def one(i, least):
@@ -237,7 +244,8 @@ def guided(logits_BV, other_BV, scale_B):
     """Classifier-free guidance (Ho & Salimans 2021, eq. 6, on log-probabilities): [B,V] of the prompt and of the second
     one -> [B,V]."""
     ours, theirs = (jax.nn.log_softmax(x, axis=-1) for x in (logits_BV, other_BV))
-    return theirs + scale_B[:, None] * (ours - theirs)
+    scale = scale_B[:, None]
+    return jnp.where(scale == 1, logits_BV, theirs + scale * (ours - theirs))  # a row without it keeps its logits
 
 
 def draw(logits_BV, keys_B, rules: Rules):

@@ -77,7 +77,7 @@ def generate(
     """
     config.at_least(1, max_new_tokens=max_new_tokens, num_assistant_tokens=num_assistant_tokens)
     law = Law(sampling)
-    seeds = list(seeds) or list(range(len(prompts)))
+    seeds = [seed % 2**32 for seed in seeds] or list(range(len(prompts)))
     if len(seeds) != len(prompts):
         raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
     room = np.array(plain.rooms(trained, prompts, max_new_tokens))

@@ -66,7 +66,8 @@ def test_flags_reach_the_sampling(folder, capsys, monkeypatch):  # noqa: F811
     assert word not in [text for text, _ in table(f"--bad_words={word}")]
     for flag in ("--no_repeat_ngram_size=1", "--guidance_scale=20", "--negative_prompt=what digit is it?"):
         more = ["--guidance_scale=-30"] if "negative" in flag else []
-        assert say(capsys, monkeypatch, *asked, flag, *more)[1] != plain, flag
+        status, out, _ = say(capsys, monkeypatch, *asked, flag, *more)
+        assert status == 0 and out != plain, flag
 
 
 def test_a_chat(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
@@ -129,7 +130,7 @@ def test_bad_input(args, message, folder, tmp_path, capsys, monkeypatch):  # noq
 
 
 def test_beams_grammars_and_speculation(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
-    """Greedy by speculation is greedy; a beam's best is no worse than it; what a grammar says holds."""
+    """Greedy by speculation is greedy; as many beams as asked for; what a grammar says holds."""
     pytest.importorskip("llguidance")
     asked = [f"--workdir={folder}", "--prompt=where is the red digit?", "--max_new_tokens=8"]
 
@@ -153,6 +154,9 @@ def test_beams_grammars_and_speculation(folder, tmp_path, capsys, monkeypatch): 
     (["--prompt_lookup_num_tokens=2", "--choice=x"], "--choice does not go with speculative decoding"),
     (["--json_schema={dir}/none.json"], "none.json is no file with JSON"), (["--num_beams=0"], "num_beams=0 must be 1"),
     (["--num_beams=2", "--temperature=1"], "num_beams=2 draws nothing"),
+    (["--top_p=0.5"], "--top_p says what is drawn, and nothing is"), (["--regex="], "regex"),
+    (["--num_return_sequences=2"], "greedy answers are one and the same"),
+    (["--prompt_lookup_num_tokens=2", "--assistant_model=x"], "does not go with --assistant_model"),
     (["--prompt_lookup_num_tokens=0"], "prompt_lookup_num_tokens=0 must be 1"),
     (["--chat"], "--prompt does not go with --chat"),
     (["--negative_prompt=x"], "of --guidance_scale, which is not given"),

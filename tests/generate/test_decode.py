@@ -281,7 +281,10 @@ def test_stop_strings(drawn):
         stop = long.text[start : start + 3]
         other = long.text[start + 5 : start + 8]
         answer = decode.generate(make(context=64), [prompt], None, 40, FREE, seeds=[3], stop=[other, stop])[0]
-        assert (answer.text, answer.finish) == (long.text[: min(map(long.text.index, (stop, other)))], "stop")
+        at = min(map(long.text.index, (stop, other)))
+        assert (answer.text, answer.finish) == (long.text[:at], "stop")
+        said = make().tokenizer.decode(answer.tokens)
+        assert any(said.endswith(s) and s not in said[:-1] for s in (stop, other)), "ends with what stops it"
     nothing = decode.generate(make(context=64), [prompt], None, 40, FREE, seeds=[3], stop=["zzzzz"])[0]
     assert nothing == long
 
@@ -338,9 +341,12 @@ def test_conversation():
     ([("assistant", ["b"]), ("user", ["a"])], "turn 1 is the assistant's, and no user's is before it"),
     ([("user", ["a"]), ("asistant", ["b"])], "role='asistant' .*did you mean 'assistant'"),
     ([("user", ["a"]), ("assistant", [chat.Medium("image", 0, (4, 4))]), ("user", ["a"])], "turn 2 .* has a medium"),
-    ([("system", ["a"])], "the last turn must be"),
+    ([("system", ["a"])], "the last turn must be"), ([("user", [])], "turn 1 is empty"),
 ])  # fmt: skip
 def test_turns_that_are_no_conversation(turns, named):
+    """An empty answer is one, for models give such ones."""
+    found = prompts_lib.conversation(make(), [("user", ["a"]), ("assistant", [""]), ("user", ["b"])])
+    assert (found.tokens == tiny.SPECIAL["<user>"]).sum() == 2
     with pytest.raises(config.InputError, match=named):
         prompts_lib.conversation(make(), turns)
 
@@ -424,6 +430,24 @@ def test_a_grammar(end):
     assert {answer.finish for answer in together} == {"stop"}
     assert together[12:14] == say(prompts[1:2], [21], num_return_sequences=2)
     assert all(trained.tokenizer.decode(answer.tokens) == answer.text for answer in together)
+
+
+def test_a_row_that_may_say_nothing_more_ends():
+    """After each token once none is left; the other laws, or a grammar, may leave none at once."""
+    trained, prompt = make(context=64), prompts_lib.plain([8, 9])
+    once = sample.Sampling(no_repeat_ngram_size=1)
+    answer = decode.generate(trained, [prompt], None, 40, once, output_scores=True)[0]
+    assert answer.finish == "forbidden" and sorted([8, 9, *answer.tokens]) == list(range(tiny.VOCAB))
+    answers = beam.generate(trained, [prompt], None, 40, 2, once, num_return_sequences=2)
+    assert [a.finish for a in answers] == ["forbidden"] * 2
+
+
+def test_guided_answers_stay_in_the_context_of_the_longer_prompt():
+    trained = make(context=24, position="learned")
+    short, long = ask(trained, "a"), ask(trained, "a" * 16)
+    rules = sample.Sampling(guidance_scale=2.0)
+    answer = decode.generate(trained, [short], None, 40, rules, negative=[long], output_scores=True)[0]
+    assert len(answer.tokens) == 24 - len(long) and np.isfinite(answer.scores).all()
 
 
 OPTIONS = [

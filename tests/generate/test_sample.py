@@ -157,6 +157,21 @@ def test_rows_with_other_rules_beside_them_are_as_alone():
             assert (alone[1] != logits[row]).any(), sampling
 
 
+def test_penalties_and_bias_of_openai():
+    """Of what the answer has said, not of the prompt: the presence once, the frequency as often."""
+    before = sample.history([[1, 1, 2]], 4)
+    for token in (3, 4, 4):
+        before = before.append(jnp.array([token]))
+    laws = sample.Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((2, -3.0), (4, 1.0)))
+    found = sample.processed(jnp.zeros((1, 6)), before, sample.rules([laws], 6))
+    np.testing.assert_allclose(found, [[0, 0, -3, -0.75, 0, 0]])
+
+
+def test_a_row_that_is_not_guided_keeps_its_logits():
+    ours, other = jnp.arange(12.0).reshape(2, 6), jnp.ones((2, 6))
+    np.testing.assert_array_equal(sample.guided(ours, other, jnp.array([1.0, 2.0]))[0], ours[0])
+
+
 # ---- beside Hugging Face's
 
 LIKE = {
@@ -215,6 +230,8 @@ def test_guidance():
     ({"top_p": float("nan")}, "top_p=nan"), ({"min_p": 2}, "min_p=2"), ({"typical_p": 0.0}, "typical_p=0.0"),
     ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"min_new_tokens": -1}, "min_new_tokens=-1"),
     ({"do_sample": True, "temperature": 0.0}, "temperature=0.0 is greedy"), ({"bad_words_ids": ((),)}, "is empty"),
+    ({"logit_bias": ((1, float("nan")),)}, "logit_bias of the token 1 is nan"),
+    ({"temperature": 1e-37}, "temperature=1e-37 must be 0.0001 or more"),
 ])  # fmt: skip
 def test_values_that_mean_nothing(values, named):
     with pytest.raises(config.InputError, match=named):
