@@ -228,7 +228,7 @@ def test_enough_beams_find_every_answer(length_penalty):
     assert [b.tokens for b in more] == [b.tokens for b in found]
 
 
-@pytest.mark.parametrize("name", tiny.fusions("cross_attention", "encoder_decoder"))
+@pytest.mark.parametrize("name", tiny.fusions("encoder_decoder"))
 def test_scores_are_those_of_the_full_forward(name):
     """And a prompt's beams depend neither on those beside it nor on how far they may go."""
     model, params = tiny.make_model(tiny.make_config(tied=False, **tiny.FUSIONS[name]))
