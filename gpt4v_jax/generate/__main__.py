@@ -4,6 +4,7 @@ python -m gpt4v_jax.generate --workdir runs/digits_world --image scene.png --pro
 python -m gpt4v_jax.generate --workdir runs/digits_world --chat
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -94,11 +95,14 @@ def main() -> None:
     trained = workdir.restore(folder, _STEP.value)
     words = tuple(tuple(trained.tokenizer.encode(word)) for word in _BAD_WORDS.value)
     sampling = sample.Sampling(**given, do_sample=_DO_SAMPLE.value, bad_words_ids=words)
-    _grammar()
+    _grammar()  # so is a bad one
     if _CHAT.value and not trained.chats:
         raise config.InputError(f"--workdir={folder} was trained on plain text and knows no turns: leave --chat out")
-    if _CHAT.value:
-        return _chat(trained, sampling, files)
+    (_chat if _CHAT.value else _ask)(trained, sampling, files)
+
+
+def _ask(trained: workdir.Trained, sampling: sample.Sampling, files: list[tuple[str, bytes]]) -> None:
+    """One question, its answers."""
     question, truth, second = _PROMPT.value, None, ()
     if _RECORD.value and question is None and not files:
         prompt, read, question, truth = _first_question(trained, *_record(trained, _RECORD.value))
@@ -120,16 +124,21 @@ def main() -> None:
     elif _speculates():
         answers = _speculate(trained, prompt, read, sampling, files)
     else:
-        answers = _generate(trained, prompt, read, sampling, negative=second, logprobs=_LOGPROBS.value,
+        answers = _generate(trained, prompt, read, sampling, _SEED.value, negative=second, logprobs=_LOGPROBS.value,
                             num_return_sequences=_SEQUENCES.value)  # fmt: skip
     if truth is not None:
         print(f"question: {question}\ntruth:    {truth}")
-    goes_on = not trained.chats and not trained.run.model.source
     for answer in answers:
-        print(question + answer.text if goes_on else f"answer:   {answer.text}")
+        goes_on = not trained.chats and not prompt.source and answer.finish in ("stop", "length")
+        print(question + answer.text if goes_on else f"answer:   {_shown(answer)}")
         for token, logprob, best in zip(answer.tokens, answer.logprobs, answer.top, strict=False):
             others = ", ".join(f"{_name(trained, other)} {value:.3f}" for other, value in best)
             print(f"  {_name(trained, token)} {logprob:.3f}" + (f"   of {others}" if others else ""))
+
+
+def _shown(answer: decode.Answer) -> str:
+    """-> its text, and why it ends where no end token or stop string says so."""
+    return answer.text if answer.finish == "stop" else f"{answer.text} [{answer.finish}]"
 
 
 def _speculates() -> bool:
@@ -156,8 +165,8 @@ def _check_ways() -> None:
             raise config.InputError(f"--{flag.name} says something of {needed}, which is not given")
 
 
-def _generate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, **more):
-    return decode.generate(trained, [prompt], read, _MAX_NEW_TOKENS.value, sampling, [_SEED.value], _STOP.value,
+def _generate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, seed: int, **more):
+    return decode.generate(trained, [prompt], read, _MAX_NEW_TOKENS.value, sampling, [seed], _STOP.value,
                            max_length=_MAX_LENGTH.value, grammar=_grammar(), **more)  # fmt: skip
 
 
@@ -189,7 +198,8 @@ def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: 
                                           [_SEED.value], **more)  # fmt: skip
     accepted, drafted, rounds = (int(x[0]) for x in (counts.accepted, counts.drafted, counts.rounds))
     print(f"{len(tokens[0])} tokens, {rounds + 1} passes of the model; {accepted} of {drafted} proposals accepted")
-    return [decode.Answer(decode.text_of(trained, prompt, tokens[0]), tuple(tokens[0]), "")]
+    finish = "length" if len(tokens[0]) == decode.rooms(trained, [prompt], room)[0] else "stop"
+    return [decode.Answer(decode.text_of(trained, prompt, tokens[0]), tuple(tokens[0]), finish)]
 
 
 def _name(trained: workdir.Trained, token: int) -> str:
@@ -207,6 +217,8 @@ def _second(trained: workdir.Trained, prompt: chat.Document, question: str) -> c
 
 def _chat(trained: workdir.Trained, sampling: sample.Sampling, files: list[tuple[str, bytes]]) -> None:
     """Reads a line, answers it, and so on. What goes wrong with a line is said, and the conversation goes on."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, lines can be edited, and found again
     turns, shown, new = [], list(files), list(files)  # files of the whole conversation, of the next question
     print(f"step {trained.step}; {', '.join(['text', *trained.layout.media])}. --help tells what lines may begin with.")
     while True:
@@ -229,8 +241,9 @@ def _chat(trained: workdir.Trained, sampling: sample.Sampling, files: list[tuple
             elif line:
                 media, read = prompts.attach(trained.layout, shown)
                 asked = [*turns, ("user", [*media[len(shown) - len(new) :], line])]
-                answer = _generate(trained, prompts.conversation(trained, asked), read, sampling)[0]
-                print(answer.text)
+                prompt = prompts.conversation(trained, asked)
+                answer = _generate(trained, prompt, read, sampling, _SEED.value + len(turns) // 2)[0]
+                print(_shown(answer))
                 turns, new = [*asked, ("assistant", [answer.text])], []
         except (config.InputError, BadMedium) as error:
             print(f"error: {error}")

@@ -63,7 +63,7 @@ def generate(
         raise config.InputError(f"num_beams={num_beams} draws nothing and is not guided: leave temperature at 0 and "
                                 "guidance_scale at 1")  # fmt: skip
     room = decode.rooms(trained, prompts, max_new_tokens, max_length)
-    slots = -(-max(room) // decode.BLOCK) * decode.BLOCK
+    slots = decode.rounded(max(room), decode.BLOCK)
     logits, cache, there = decode.begin(trained, prompts, read, slots)
     rows = [p.tokens for p in prompts for _ in range(num_beams)]
     rules = sample.rules([sampling] * len(rows), trained.run.model.vocab)

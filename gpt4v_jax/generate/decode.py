@@ -53,6 +53,8 @@ class Told:
 
 
 Processor = Callable[[sample.History, jax.Array], jax.Array]
+
+
 def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
@@ -75,15 +77,14 @@ def generate(
     read: medium -> its patches, as a source's. max_new_tokens: NEW_TOKENS where neither it nor max_length is given;
     max_length counts the prompt's positions, too, and yields to it. seeds: one a prompt; its sequence i has seed + i.
     negative: the second prompt of each, for sampling.guidance_scale. logits_processor: functions of (History, logits
-    [B,V]) -> logits [B,V], traced once; they come last. grammar: what an answer must match (generate.constrain), asked
-    before each token. logprobs: an answer tells its tokens' and those of so many of the most probable ones.
-    output_scores: it tells the processed logits.
+    [B,V]) -> logits [B,V], traced once; they come behind sampling's own. grammar: what an answer must match
+    (generate.constrain), asked before each token. logprobs: an answer tells its tokens' and those of so many of the
+    most probable ones. output_scores: it tells the processed logits.
+
+    Raises InputError for values that mean nothing, and for a prompt that the model cannot read.
     """
     if not prompts:
         return []
-    seeds = list(seeds) or [i * num_return_sequences for i in range(len(prompts))]
-    if len(seeds) != len(prompts):
-        raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
     if (sampling.guidance_scale != 1) != bool(negative) or negative and len(negative) != len(prompts):
         raise config.InputError(f"guidance_scale={sampling.guidance_scale} with {len(negative)} second prompts: give "
                                 f"one for each of the {len(prompts)} prompts, or leave it at 1, which needs none")
@@ -93,26 +94,26 @@ def generate(
                                 "set a temperature")  # fmt: skip
     if any(not text for text in stop):
         raise config.InputError("a stop string is empty: leave it out")
-    seeds = [seed + i for seed in seeds for i in range(num_return_sequences)]
     asks, second = ([p for p in given for _ in range(num_return_sequences)] for given in (prompts, negative))
     room = rooms(trained, asks, max_new_tokens, max_length)
     if second:  # it must not leave the context, either
-        room = [min(pair) for pair in zip(room, rooms(trained, second, max(room)), strict=True)]
-    n = 1 if grammar else BLOCK  # tokens at a time
-    blocks = -(-max(room) // n)
-    # Of a grammar, too, whole blocks: few shapes are compiled.
-    logits, cache, there = begin(trained, [*asks, *second], read, -(-max(room) // BLOCK) * BLOCK)
+        room = [min(n, trained.layout.context - len(p)) for n, p in zip(room, second, strict=True)]
+    keys = keys_of(seeds, len(prompts), num_return_sequences)
+    matchers = []
+    for p in prompts if grammar else ():
+        matcher = constrain.Matcher(grammar, trained.tokenizer, not trained.chats and not p.source)
+        matchers += [matcher.copy() for _ in range(num_return_sequences)]
+    slots = rounded(max(room), BLOCK)
+    logits, cache, there = begin(trained, [*asks, *second], read, slots)
 
     rules = sample.rules([sampling] * len(asks), trained.run.model.vocab)
-    keys = jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds], jnp.uint32))
-    past = sample.history([p.tokens for p in asks], -(-max(room) // BLOCK) * BLOCK)
+    past = sample.history([p.tokens for p in asks], slots)
     told: list[Told] = []
-    matchers = [constrain.Matcher(grammar, trained.tokenizer, not trained.chats and not p.source) for p in asks
-                if grammar]  # fmt: skip
     # A prompt whose media cannot be read is padding: nothing answers it.
     there = there.reshape(-1, len(asks)).all(axis=0)  # of both prompts
     answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there]
-    for _ in range(blocks):
+    n = 1 if grammar else BLOCK  # tokens at a time
+    for _ in range(0, max(room), n):
         done = jnp.array([answer is not None for answer in answers])
         allowed = constrain.masks(matchers, trained.run.model.vocab) if grammar else None
         new, logits, cache, past = decode(  # not the clone: of media in the stream other ones compile nothing anew
@@ -133,9 +134,23 @@ def generate(
     return answers
 
 
+def keys_of(seeds: Sequence[int], prompts: int, sequences: int = 1):
+    """-> random keys [prompts x sequences]: sequence i of a prompt has its seed + i. No seeds: 0, 1, 2, ... of all."""
+    seeds = list(seeds) or [i * sequences for i in range(prompts)]
+    if len(seeds) != prompts:
+        raise config.InputError(f"{len(seeds)} seeds for {prompts} prompts: give one a prompt")
+    seeds = [(seed + i) % 2**32 for seed in seeds for i in range(sequences)]
+    return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+
+
+def rounded(n: int, multiple: int) -> int:
+    """-> n, rounded up, so that few shapes are compiled."""
+    return -(-n // multiple) * multiple
+
+
 def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: int | None,
           max_length: int | None = None) -> list[int]:  # fmt: skip
-    """-> how many tokens the answer to each prompt may have."""
+    """-> how many tokens the answer to each prompt may have. Raises InputError for what leaves none."""
     context = trained.layout.context
     if max_new_tokens is None and max_length is None:
         max_new_tokens = NEW_TOKENS
@@ -151,7 +166,7 @@ def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: in
 
 def begin(trained: Trained, prompts: Sequence[chat.Document], read: prompts_lib.Read | None, slots: int):
     """-> (logits [B,V] after each prompt, a cache with room for so many tokens more, [B] bool: whether the prompt is
-    there; one whose media cannot be read is not)."""
+    there; one whose media cannot be read is not). Raises InputError for a prompt that the model cannot read."""
     context = trained.layout.context
     if not trained.run.model.causal:
         raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
@@ -166,7 +181,7 @@ def begin(trained: Trained, prompts: Sequence[chat.Document], read: prompts_lib.
             f"shorten it to at most {context - 1}"
         )
     pairs = ((longest, context), (asked, trained.layout.source))
-    width, source = (min(-(-n // BUCKET) * BUCKET, most) for n, most in pairs)
+    width, source = (min(rounded(n, BUCKET), most) for n, most in pairs)
     layout = dataclasses.replace(trained.layout, context=width, source=source, **budgets(prompts, trained.layout))
     batch = packing.stack([packing.fill([p], read, layout) for p in prompts])
     logits, cache = prefill(trained.model.clone(layout=layout), trained.params, batch, width + slots)
@@ -279,15 +294,25 @@ def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done
 
 def step(model: GPT4V, params, token_B, cache: attention.Cache):
     """Appends one token a row -> (logits [B,V] after it, cache). The cache must have a free slot: jit cannot check."""
-    token_B1 = token_B[:, None]
+    logits, cache = extend(model, params, token_B[:, None], cache)
+    return logits[:, 0], cache
+
+
+def extend(model: GPT4V, params, tokens_BT, cache: attention.Cache):
+    """Appends T tokens a row -> (logits [B,T,V] behind each, cache). The cache must have T free slots."""
+    position = cache.next_position[:, None] + jnp.arange(tokens_BT.shape[1])[:, None]
+    if model.config.position == "learned":
+        # Of rows that are done, and of proposals, some lie beyond the context. The table would give NaN there, of which
+        # 0 times is NaN, too.
+        position = jnp.minimum(position, model.config.context - 1)
     batch = batch_lib.Batch(
-        tokens=token_B1,
-        slot=jnp.full_like(token_B1, -1),
-        position=cache.next_position[:, None],
-        document=jnp.ones_like(token_B1),
-        ar=jnp.ones_like(token_B1, bool),
-        target=jnp.zeros_like(token_B1),
-        weight=jnp.zeros_like(token_B1, jnp.float32),
+        tokens=tokens_BT,
+        slot=jnp.full_like(tokens_BT, -1),
+        position=position,
+        document=jnp.ones_like(tokens_BT),
+        ar=jnp.ones_like(tokens_BT, bool),
+        target=jnp.zeros_like(tokens_BT),
+        weight=jnp.zeros_like(tokens_BT, jnp.float32),
     )
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
-    return model.apply({"params": params}, hidden[:, 0], method="logits"), cache
+    return model.apply({"params": params}, hidden, method="logits"), cache

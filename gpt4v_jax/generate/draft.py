@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.generate import sample
+from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
 
@@ -77,7 +76,7 @@ def propose(draft: GPT4V, params, last_B, cache: attention.Cache, keys, k: int, 
 
     def one(carry, j):
         token, cache = carry
-        logits, cache = extend(draft, params, token[:, None], cache)
+        logits, cache = decode.extend(draft, params, token[:, None], cache)
         q = law(logits[:, 0])
         token = law.draw(fold(keys, j), q)
         return (token, cache), (token, q)
@@ -85,25 +84,6 @@ def propose(draft: GPT4V, params, last_B, cache: attention.Cache, keys, k: int, 
     # One step more than tokens: the last one, too, is entered, so that the cache is as the target model's.
     (_, cache), (tokens, q) = jax.lax.scan(one, (last_B, cache), jnp.arange(k + 1))
     return tokens[:k].T, q[:k].swapaxes(0, 1), cache
-
-
-def extend(model: GPT4V, params, tokens_BT, cache: attention.Cache):
-    """Appends T tokens a row -> (logits [B,T,V] behind each, cache)."""
-    position = cache.next_position[:, None] + jnp.arange(tokens_BT.shape[1])[:, None]
-    if model.config.position == "learned":
-        # Proposals may lie beyond the context. The table would give NaN there, of which 0 times is NaN, too.
-        position = jnp.minimum(position, model.config.context - 1)
-    batch = batch_lib.Batch(
-        tokens=tokens_BT,
-        slot=jnp.full_like(tokens_BT, -1),
-        position=position,
-        document=jnp.ones_like(tokens_BT),
-        ar=jnp.ones_like(tokens_BT, bool),
-        target=jnp.zeros_like(tokens_BT),
-        weight=jnp.zeros_like(tokens_BT, jnp.float32),
-    )
-    hidden, cache, _ = model.apply({"params": params}, batch, cache)
-    return model.apply({"params": params}, hidden, method="logits"), cache
 
 
 def kept(before: attention.Cache, after: attention.Cache, taken_B, T: int) -> attention.Cache:

@@ -33,9 +33,11 @@ def prompt(trained: Trained, text: str, media: Sequence[chat.Medium] = ()) -> ch
     """-> the document of one user's turn; a model that was trained on plain text gets the plain text.
 
     Media go in front; or, where `<image>`, `<video>` or `<audio>` stands in the text as often as there are such media,
-    into these places.
+    into these places. Raises InputError where that does not work out.
     """
     special = trained.tokenizer.special
+    if media and not trained.chats:
+        raise config.InputError("this model was trained on plain text alone: leave the media out")
     if trained.chats:
         pieces = [
             chat.Piece("user", trained.tokenizer.encode(part)) if isinstance(part, str) else
@@ -52,7 +54,8 @@ def prompt(trained: Trained, text: str, media: Sequence[chat.Medium] = ()) -> ch
 
 def conversation(trained: Trained, turns: Sequence[tuple[str, Sequence[str | chat.Medium]]]) -> chat.Document:
     """-> the prompt of a conversation: turns are (role, texts and media in their order), the user's and the assistant's
-    in turn, the user's last; the user's in a row are one. What `system` says is put before the user's next turn."""
+    in turn, the user's last; the user's in a row are one. What `system` says is put before the user's next turn. Raises
+    InputError for other orders."""
     if not trained.chats:
         raise config.InputError("this model was trained on plain text and knows no turns: give it a text to go on with")
     pieces, before = [], []
@@ -97,5 +100,6 @@ def _not_empty(ids: list[int]) -> list[int]:
     return ids
 
 
-def plain(ids: list[int]) -> chat.Document:
+def plain(ids: Sequence[int]) -> chat.Document:
+    """-> the document of a plain text's tokens."""
     return chat.shifted(np.array(ids, np.int32), np.zeros(len(ids), bool), np.ones(len(ids), bool))

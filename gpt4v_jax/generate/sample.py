@@ -74,7 +74,8 @@ BOUNDS = (
     ("guidance_scale", -MOST, MOST),
 )  # fmt: skip
 MEANING = {"temperature": "; 0 is greedy", "top_k": "; 0 is all tokens", "no_repeat_ngram_size": "; 0 is no such law"}
-NUMBERS = tuple(name for name, *_ in BOUNDS if name != "no_repeat_ngram_size")
+NUMBERS = tuple(name for name, *_ in BOUNDS)
+WHOLE = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
 OFF = {field.name: field.default for field in dataclasses.fields(Sampling)} | {"temperature": 0.0}
 
 
@@ -109,15 +110,15 @@ Rules = dict[str, jax.Array]  # of all rows, by Sampling's names; what no row ha
 
 
 def rules(samplings: Sequence[Sampling], vocab: int) -> Rules:
-    """Of rows [B]: numbers are [B], logit_bias [B,V], bad_words_ids [B,W,n] right-aligned after -1, and
-    no_repeat_ngram_size [B,n] bool: whether the row has one, and which of the last n - 1 tokens must agree."""
+    """Of rows [B]: numbers are [B], int32 or float32, logit_bias is [B,V], bad_words_ids [B,W,n], right-aligned after
+    -1. Raises InputError for tokens that the vocabulary does not have."""
     B = len(samplings)
     found = {}
     for name in NUMBERS:
         values = [getattr(s, name) for s in samplings]
         if any(value != OFF[name] for value in values):
-            whole = name in ("top_k", "min_new_tokens")
-            found[name] = np.minimum(values, 2**30).astype(np.int32) if whole else np.array(values, np.float32)
+            as_whole = np.minimum(values, 2**30).astype(np.int32)
+            found[name] = as_whole if name in WHOLE else np.array(values, np.float32)
     if any(s.logit_bias for s in samplings):
         found["logit_bias"] = np.zeros((B, vocab), np.float32)
         for row, s in zip(found["logit_bias"], samplings, strict=True):
@@ -130,9 +131,6 @@ def rules(samplings: Sequence[Sampling], vocab: int) -> Rules:
         for row, of_row in zip(found["bad_words_ids"], words, strict=True):
             for place, word in zip(row, of_row, strict=False):
                 place[longest - len(word) :] = word
-    sizes = np.array([s.no_repeat_ngram_size for s in samplings])
-    if sizes.any():
-        found["no_repeat_ngram_size"] = np.arange(sizes.max()) < sizes[:, None]
     return {name: jnp.asarray(value) for name, value in found.items()}
 
 
@@ -165,12 +163,15 @@ def processed(logits_BV, past: History, rules: Rules, end: tuple[int, ...] = ())
         logits_BV -= rules.get("presence_penalty", none)[:, None] * (said > 0)
         logits_BV -= rules.get("frequency_penalty", none)[:, None] * said
     if "no_repeat_ngram_size" in rules:
-        agree = rules["no_repeat_ngram_size"]
-        # A place's token is forbidden where the tokens before it are those that stand at the end.
-        again = agree[:, :1] & (places < past.length[:, None])
-        for n in range(1, agree.shape[1]):
-            same = jnp.pad(past.tokens, ((0, 0), (n, 0)), constant_values=-2)[:, : len(places)] == past.back(n)[:, None]
-            again &= same | ~agree[:, n : n + 1]
+        size = rules["no_repeat_ngram_size"][:, None]
+
+        def agree(n, again):
+            same = (jnp.roll(past.tokens, n, axis=1) == past.back(n)[:, None]) & (places >= n)
+            return again & (same | (n >= size))
+
+        # A place's token is forbidden where the size - 1 tokens before it are those that stand at the end.
+        again = (size > 0) & (places < past.length[:, None])
+        again = jax.lax.fori_loop(1, jnp.minimum(size.max(), len(places) + 1), agree, again)
         logits_BV = forbid(logits_BV, past.tokens, again)
     if "bad_words_ids" in rules:
         words = rules["bad_words_ids"]

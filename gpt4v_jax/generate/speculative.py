@@ -19,7 +19,7 @@ from gpt4v_jax.data import chat
 from gpt4v_jax.generate import decode as plain
 from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.generate import sample
-from gpt4v_jax.generate.draft import Law, Lookup, extend, fold, kept, look_up, propose, write
+from gpt4v_jax.generate.draft import Law, Lookup, fold, kept, look_up, propose, write
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training.workdir import Trained
@@ -58,7 +58,7 @@ def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
     read: prompts_lib.Read | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = plain.NEW_TOKENS,
     draft: Trained | Lookup = Lookup(),  # noqa: B008, frozen
     num_assistant_tokens: int = 5,
     sampling: sample.Sampling = plain.GREEDY,
@@ -77,13 +77,11 @@ def generate(
     """
     config.at_least(1, max_new_tokens=max_new_tokens, num_assistant_tokens=num_assistant_tokens)
     law = Law(sampling)
-    seeds = [seed % 2**32 for seed in seeds] or list(range(len(prompts)))
-    if len(seeds) != len(prompts):
-        raise config.InputError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a prompt")
+    keys = plain.keys_of(seeds, len(prompts))
     room = np.array(plain.rooms(trained, prompts, max_new_tokens))
     looks = isinstance(draft, Lookup)
     k = draft.prompt_lookup_num_tokens if looks else num_assistant_tokens
-    new = -(-int(max(room)) // plain.BLOCK) * plain.BLOCK  # few shapes are compiled
+    new = plain.rounded(int(max(room)), plain.BLOCK)
     logits, cache, there = plain.begin(trained, prompts, read, slots(0, new, k))
     draft_cache = None
     if not looks:
@@ -93,10 +91,9 @@ def generate(
 
     texts = [[*p.source, *p.tokens.tolist()] for p in prompts]  # a source may be copied from, too
     length = np.array([len(text) for text in texts], np.int32)
-    text = np.zeros((len(prompts), -(-max(length) // plain.BUCKET) * plain.BUCKET + new + k + 1), np.int32)
+    text = np.zeros((len(prompts), plain.rounded(max(length), plain.BUCKET) + new + k + 1), np.int32)
     for row, ids in zip(text, texts, strict=True):
         row[: len(ids)] = ids
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
     end, limit = trained.tokenizer.ends, length + room
     state = begin(logits, cache, draft_cache, text, length, limit, ~there, keys, law, end)
     proposer = (draft, None) if looks else (draft.model, draft.params)
@@ -150,7 +147,7 @@ def decode(model: GPT4V, params, draft: GPT4V | Lookup, draft_params, state: Sta
         else:
             tokens, q, draft_cache = propose(draft, draft_params, last[:, 0], state.draft_cache, round_keys, k, law)
             count = jnp.full_like(state.length, k)
-        logits, cache = extend(model, params, jnp.concatenate([last, tokens], axis=1), state.cache)
+        logits, cache = plain.extend(model, params, jnp.concatenate([last, tokens], axis=1), state.cache)
         accepted, token = verify(law(logits), q, tokens, count, fold(round_keys, k), law)
         at = jnp.arange(k + 1)
         found = jnp.where(at < accepted[:, None], jnp.pad(tokens, ((0, 0), (0, 1))), token[:, None])

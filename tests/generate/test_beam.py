@@ -15,6 +15,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, packing
 from gpt4v_jax.generate import beam, decode
+from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model import attention
 from gpt4v_jax.training import step as step_lib
@@ -52,10 +53,6 @@ def rescored(model, params, document, answers) -> np.ndarray:
     log_p = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     first = len(document) - 1
     return np.array([sum(row[first + i, t] for i, t in enumerate(a)) for row, a in zip(log_p, answers, strict=True)])
-
-
-def plain(ids):
-    return chat.shifted(np.array(ids, np.int32), np.zeros(len(ids), bool), np.ones(len(ids), bool))
 
 
 # ---- against Hugging Face
@@ -112,8 +109,9 @@ def reference_beams(model, prompts, num_beams, end, **how):
 
 def documents(model, prompts):
     if model.config.source:
-        return [dataclasses.replace(plain([START]), source=tuple(p), source_at=(0,) * len(p)) for p in prompts]
-    return [plain(p) for p in prompts]
+        start = prompts_lib.plain([START])
+        return [dataclasses.replace(start, source=tuple(p), source_at=(0,) * len(p)) for p in prompts]
+    return [prompts_lib.plain(p) for p in prompts]
 
 
 def agree(ours, theirs):

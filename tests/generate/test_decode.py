@@ -412,7 +412,6 @@ def test_logits_processors_come_last():
 def test_a_grammar(end):
     """Every drawn answer is one of the choices, each comes about; a row does not depend on its neighbours. Without an
     end token "ab" cannot say that it is one, for "abc" may follow."""
-    pytest.importorskip("llguidance")
     trained = make(context=64, size=0)
     tokenizer = tokenizer_lib.train("char", ["".join(sorted(LETTERS))], 0)
     letter = tokenizer.token(end) if end >= 0 else "none"
