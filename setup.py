@@ -28,10 +28,13 @@ MEDIA = ["av>=14.0", "soundfile>=0.13"]  # clips and sound
 SCORES = ["jiwer>=4.0", "sacrebleu>=2.5"]  # of speech and of translation
 # Output by a regular expression, choices or a JSON schema. 1.7 and 1.8 take all memory for {"minItems": 1000000000}.
 CONSTRAIN = ["llguidance>=1.9.1"]
+SERVE = [*MEDIA, *CONSTRAIN, "fastapi>=0.115", "prometheus-client>=0.21", "python-multipart>=0.0.20", "uvicorn>=0.34"]
 TEST = [
-    *MEDIA,
     *SCORES,
-    *CONSTRAIN,
+    *SERVE,
+    "httpx>=0.28",  # FastAPI's test client
+    "openai>=2.0",  # the client that the server is for
+    "trustme>=1.2",  # certificates of a TLS server on this machine
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -52,7 +55,7 @@ setup(
     extras_require={
         "media": MEDIA,
         "scores": SCORES,
-        "serve": CONSTRAIN,
+        "serve": SERVE,
         "test": TEST,
         "dev": TEST,
         "gpu": ["jax[cuda12]"],  # driver 525 or later; from 580 on jax[cuda13] works, too
