@@ -98,6 +98,9 @@ def test_windows_do_not_depend_on_their_batch(model):
     assert len(windows) > classify.WINDOWS and len(windows) % classify.WINDOWS
     alone = np.concatenate([made._scored([w], 1) for w in windows])
     np.testing.assert_allclose(made.probabilities(text), alone, rtol=1e-4)
+    compiled = classify._nats._cache_size()
+    made.probabilities(text[: len(text) // 2])
+    assert classify._nats._cache_size() == compiled, "one program, however many windows"
 
 
 def test_what_is_no_classifier(model, monkeypatch):

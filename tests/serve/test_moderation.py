@@ -188,8 +188,10 @@ def test_a_classifier(classifier, tmp_path, caplog):  # noqa: F811
     for text in ("six awful", "ａwf\u200bul six"):
         assert found.check(text, "answer") == found.check(text, "request") == "unkind"
         scores = found.scores(text)
+        assert scores == pytest.approx(found.scores(text.replace("ａ", "a").replace("\u200b", "")))
         assert scores["unkind"] > 0.8 and scores["kind"] == pytest.approx(1 - scores["unkind"])
-    assert found.check("six fine", "answer") == "kind" and found.check("awful darn", "answer") == "rude"
+    assert found.check("six fine", "answer") == "kind" and found.check("six fine", "request") == "any"
+    assert found.check("awful darn", "answer") == "rude"
     assert found.scores("darn fine")["rude"] == 1 and found.scores("fine six")["any"] == pytest.approx(1)
     # One bad window of a long text is enough.
     text = "fine six one " * 20 + "awful six"
