@@ -3,7 +3,7 @@
 python -m gpt4v_jax.train --config configs/polarity.py --workdir runs/polarity
 python -m gpt4v_jax.evaluate --workdir runs/polarity
 
-Measured, one run: 0.739 (0.712 to 0.765) of 1,066 test questions, counted answers 0.464, validation 0.768, at a98f786,
+Measured, one run: 0.739 (0.712 to 0.765) of 1,066 test questions, counted answers 0.464, validation 0.768, at b1d3c20,
 in 13.7 minutes on two cores with other work beside it. Context: 0.793 TF-IDF and logistic regression, on another tenth;
 0.761 a convolution from scratch in ten folds (Kim 2014, from memory). docs/moderation.md uses it.
 """
