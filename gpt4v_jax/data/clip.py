@@ -52,7 +52,7 @@ def probe(data: bytes, limit: int = FRAME_LIMIT, pixels: int = PIXEL_LIMIT) -> P
         except container_errors():
             pass  # what follows cannot be read by decode, either
         if first is None:
-            raise BadMedium("a damaged or empty clip: not one frame of it can be decoded")
+            raise BadMedium(f"a damaged or empty clip: not one frame of at most {pixels} pixels can be decoded")
         height, width = turned(first).shape[:2]
         if stream.duration:
             seconds = stream.duration * stream.time_base
