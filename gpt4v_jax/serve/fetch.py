@@ -199,9 +199,9 @@ def public(address: str) -> bool:
     """-> whether an IP address is one of the public internet's."""
     try:
         ip = ipaddress.ip_address(address)
-    except ValueError:  # zones are none
+    except ValueError:
         return False
-    if not ip.is_global or ip.is_multicast or ip.is_reserved:
+    if "%" in address or not ip.is_global or ip.is_multicast or ip.is_reserved:
         return False
     if ip.version == 4:
         return not any(ip in network for network in NOT_PUBLIC)
