@@ -70,6 +70,17 @@ def test_flags_reach_the_sampling(folder, capsys, monkeypatch):  # noqa: F811
         assert status == 0 and out != plain, flag
 
 
+def test_weights_of_8_bits(folder, capsys, monkeypatch):  # noqa: F811
+    """The log-probabilities are near those of float32, and not the same."""
+    asked = [f"--workdir={folder}", "--record=test:3", "--max_new_tokens=1", "--logprobs=0"]
+    found = []
+    for more in ([], ["--weights=int8"]):
+        status, out, _ = say(capsys, monkeypatch, *asked, *more)
+        assert status == 0
+        found.append(float(out.splitlines()[-1].split()[-1]))
+    assert 0 < abs(found[0] - found[1]) < 0.1
+
+
 def test_a_chat(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
     """Each question is asked with all that was said; what goes wrong is said and changes nothing."""
     record = sources.open_split(workdir.load_config(folder).data, "test")[3]
