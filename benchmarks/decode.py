@@ -266,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a folder for decode.md and decode.json")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every contestant at a batch size (default 7)")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 8 tokens: does it work?")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 16 tokens: does it work?")
     args = parser.parse_args()
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
@@ -281,7 +281,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):  # XLA takes every core it may run on
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:THREADS]))
     about = machine()
-    result = measure(2 if args.quick else args.rounds, 8 if args.quick else NEW)
+    result = measure(2 if args.quick else args.rounds, 16 if args.quick else NEW)
     about["load"] += f", {os.getloadavg()[0]:.1f} at the end"
     print("\n".join(lines(result)))
     if args.out:
