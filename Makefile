@@ -31,7 +31,7 @@ define install
  else $(PY) -m pip install -q -r $(2); fi
 endef
 
-.PHONY: help quickstart test lint soak bench parity modalities omni lock clean
+.PHONY: help quickstart test lint soak bench bench-decode parity modalities omni lock clean
 
 help:
 	@echo "make quickstart   train a small model on the CPU, evaluate it, ask it a question, write a report; run again to resume"
@@ -39,6 +39,7 @@ help:
 	@echo "make lint         ruff"
 	@echo "make soak         every test of exactness, the slow ones, too: docs/results/exactness.md; run again to go on"
 	@echo "make bench        training speed beside PyTorch   (Python 3.11 only)"
+	@echo "make bench-decode decoding speed beside Hugging Face's, docs/results/decode.md   (Python 3.11 only)"
 	@echo "make parity       our layers beside Hugging Face's: docs/results/parity.md   (Python 3.11 only)"
 	@echo "make modalities   every task of docs/results/modalities.md, which is written anew: hours; run again to go on"
 	@echo "make omni         four modalities in one model beside each alone: docs/results/omni.md; run again to go on"
@@ -46,7 +47,7 @@ help:
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo "Every one takes PYTHON=python3.12 or the like; 3.11 is the oldest that works."
 
-quickstart bench modalities omni: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1# huge pages: faster on Linux, ignored elsewhere
+quickstart bench bench-decode modalities omni: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1# huge pages: faster on Linux, ignored elsewhere
 
 quickstart: $(CORE)
 	$(PY) -m gpt4v_jax.train --config configs/quickstart.py --workdir $(WORKDIR)
@@ -78,10 +79,13 @@ ifneq ($(filter 3.11.%,$(VERSION)),)
 bench: $(TEST)
 	$(PY) -m benchmarks.train_step $(ARGS)
 
+bench-decode: $(TEST)
+	$(PY) -m benchmarks.decode --out docs/results $(ARGS)
+
 parity: $(TEST)
 	$(PY) -m benchmarks.parity --out docs/results
 else
-bench parity:
+bench bench-decode parity:
 	@echo "make $@ needs Python 3.11, for which there is a pinned torch; '$(PYTHON)' $(if $(VERSION),is $(VERSION),does not run)."
 	@echo "Try: make $@ PYTHON=python3.11"; exit 1
 endif

@@ -236,6 +236,28 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
     return out.astype(v_BSKH.dtype)
 
 
+def _attend_one(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
+    """`_attend` of one query a row, by sums over the cache as it lies: for matrix products a CPU would first move its
+    heads in front of its slots, all of it at every step, which takes longer."""
+    B, _, K, G, H = q_BTKGH.shape
+    S, scale = k_BSKH.shape[1], H**-0.5 if scale is None else scale
+    heads, shared = ((K, G), (K, 1)) if G > 1 else ((K,), (K,))  # XLA's loops over an axis of 1 take six times as long
+
+    def spread(x_BX):
+        return x_BX.reshape(*x_BX.shape, *[1] * len(heads))
+
+    k, v = (x.reshape(B, S, *shared, H) for x in (k_BSKH, v_BSKH))
+    x = (q_BTKGH.reshape(B, 1, *heads, H) * scale * k).astype(jnp.float32).sum(-1)  # [B,S,*heads]
+    if cap:
+        x = jnp.tanh(x / cap) * cap
+    if bias_BNTS is not None:
+        x += bias_BNTS[:, :, 0].transpose(0, 2, 1).reshape(-1, S, *heads)
+    x += spread(jnp.where(mask_BTS[:, 0], 0.0, MASKED))
+    powers = jnp.exp(x - x.max(1, keepdims=True))
+    out = (powers[..., None] * v).sum(1) * (spread(mask_BTS.any(-1)[:, 0]) / powers.sum(1))[..., None]
+    return out.reshape(B, 1, K, G, H).astype(v_BSKH.dtype)
+
+
 def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, window: int = 0, bias=None):
     """-> [B,T,N,H]. N / K query heads share a kv-head.
 
@@ -249,7 +271,9 @@ def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, w
         return jnp.zeros_like(q_BTNH)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     chunk = CHUNK if sight.cursor is None else T
-    out = []
+    # Of one row alone the heads are quick to move.
+    one = T == 1 and B > 1 and sight.cursor is not None and jax.default_backend() == "cpu"
+    how, out = _attend_one if one else _attend, []
     for start in range(0, T, chunk):
         rows, keys = slice(start, min(start + chunk, T)), slice(0, S)
         if sight.cursor is None:
@@ -257,5 +281,5 @@ def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, w
         part = sight.part(rows, keys)
         bias_BNTS = None if bias is None else bias(distance(part))
         mask = visible(part, window)
-        out.append(_attend(q_BTKGH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], mask, scale, cap, bias_BNTS))
+        out.append(how(q_BTKGH[:, rows], k_BSKH[:, keys], v_BSKH[:, keys], mask, scale, cap, bias_BNTS))
     return (jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]).reshape(B, T, N, H)

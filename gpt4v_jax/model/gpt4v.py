@@ -20,7 +20,7 @@ from gpt4v_jax.model import attention, fusion
 from gpt4v_jax.model.audio import AudioEmbed
 from gpt4v_jax.model.backbone import Backbone
 from gpt4v_jax.model.image import ImageEmbed
-from gpt4v_jax.model.layers import ACTIVATIONS, Kernel, Linear, Norm, Vector
+from gpt4v_jax.model.layers import ACTIVATIONS, Int8, Kernel, Linear, Norm, Vector
 from gpt4v_jax.model.text import TextEmbed
 from gpt4v_jax.model.video import VideoEmbed
 from gpt4v_jax.sharding import shard
@@ -30,31 +30,35 @@ from gpt4v_jax.sharding import shard
 class Head:
     """What makes logits of vectors; a loss may take it apart into pieces of the vocabulary."""
 
-    kernel: jax.Array  # [D,V]; tied [V,D]
+    kernel: jax.Array | Int8  # [D,V]; tied [V,D]
     bias: jax.Array | None  # [V]
     cap: float = flax.struct.field(pytree_node=False, default=0.0)
     tied: bool = flax.struct.field(pytree_node=False, default=False)
 
     def __call__(self, x):
         """[...,D] -> [...,V] float32."""
-        kernel_DV = self.kernel.T if self.tied else self.kernel
-        x = jnp.matmul(x.astype(kernel_DV.dtype), kernel_DV, preferred_element_type=jnp.float32)
+        if isinstance(self.kernel, Int8):
+            x = self.kernel.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.vocab)
+        else:
+            kernel_DV = self.kernel.T if self.tied else self.kernel
+            x = jnp.matmul(x.astype(kernel_DV.dtype), kernel_DV, preferred_element_type=jnp.float32)
         if self.bias is not None:
             x += self.bias
         return jnp.tanh(x / self.cap) * self.cap if self.cap else x
 
     @property
     def vocab(self) -> int:
-        return self.kernel.shape[self._axis]
+        return jax.tree.leaves(self.kernel)[0].shape[self._axis]
 
     @property
     def _axis(self) -> int:
-        return 0 if self.tied else 1
+        return 0 if self.tied or isinstance(self.kernel, Int8) else 1
 
     def columns(self, first, count: int) -> "Head":
         """-> the head of the tokens first, ..., first + count - 1."""
         bias = None if self.bias is None else jax.lax.dynamic_slice_in_dim(self.bias, first, count)
-        return self.replace(kernel=jax.lax.dynamic_slice_in_dim(self.kernel, first, count, self._axis), bias=bias)
+        kernel = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, self._axis), self.kernel)
+        return self.replace(kernel=kernel, bias=bias)
 
     def add_columns(self, first, part: "Head") -> "Head":
         """-> this head with `part` added to its columns from `first` on."""

@@ -10,6 +10,7 @@ import re
 import zlib
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +28,53 @@ ACTIVATIONS = {
 GATED = ("swiglu", "geglu")  # the activated gate multiplies the values (Shazeer 2020)
 
 
-class Linear(nn.Module):
+FEW = 32  # rows of a product up to which, on a CPU, integers are faster than kernels made float32
+
+
+@flax.struct.dataclass
+class Int8:
+    """A matrix in 8 bits, outputs first, in place of a kernel or a table: row i is values[i] * scale[i]."""
+
+    values: jax.Array  # [outputs, inputs] int8, -127 to 127
+    scale: jax.Array  # [outputs] float32
+
+    def product(self, x):
+        """[N,inputs] -> [N,outputs] float32.
+
+        Of few rows on a CPU by integers, for XLA would write all of the matrix as float32 first, which takes longer
+        than to read it so. Each row is two digits of 8 bits times its largest value, 15 bits in all; sums are exact.
+        """
+        contract = (((1,), (1,)), ((), ()))
+        x = x.astype(jnp.float32)
+        if len(x) > FEW or jax.default_backend() != "cpu":
+            return jax.lax.dot_general(x, self.values.astype(x.dtype), contract) * self.scale
+        unit = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / 127
+        high = jnp.round(x / unit)
+        low = jnp.round((x / unit - high) * 254)
+        digits = jnp.concatenate([high, low]).astype(jnp.int8)
+        sums = jax.lax.dot_general(digits, self.values, contract, preferred_element_type=jnp.int32)
+        high, low = jnp.split(sums.astype(jnp.float32), 2)
+        return (high + low / 254) * unit * self.scale
+
+    def take(self, ids):
+        """ids [...] -> rows [...,inputs] float32."""
+        return jnp.take(self.values, ids, axis=0) * jnp.take(self.scale, ids, axis=0)[..., None]
+
+
+def product(x, kernel):
+    """x [N,inputs], a kernel [inputs,outputs] or Int8 -> [N,outputs] in the kernel's dtype."""
+    return kernel.product(x) if isinstance(kernel, Int8) else x.astype(kernel.dtype) @ kernel
+
+
+class Matrix(nn.Module):
+    """A module with a matrix that may be Int8."""
+
+    def matrix(self, name: str, init, shape: tuple[int, ...]):
+        found = self.get_variable("params", name)
+        return found if isinstance(found, Int8) else self.param(name, init, shape)
+
+
+class Linear(Matrix):
     """y = x W + b over the last len(inputs) dimensions of x: [..., *inputs] -> [..., *outputs].
 
     W starts with standard deviation gain / sqrt(fan-in), and its dtype is that of the product and of y. The product is
@@ -43,11 +90,12 @@ class Linear(nn.Module):
     def __call__(self, x):
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         init = nn.initializers.normal(self.gain * fan_in**-0.5)
-        kernel = self.param("kernel", init, self.inputs + self.outputs)
+        kernel = self.matrix("kernel", init, self.inputs + self.outputs)
         rows = x.shape[: x.ndim - len(self.inputs)]
         if x.shape[len(rows) :] != self.inputs:
             raise ValueError(f"{self.path}: expected [..., {self.inputs}], got {x.shape}")
-        y = x.reshape(-1, fan_in).astype(kernel.dtype) @ kernel.reshape(fan_in, fan_out)
+        flat = kernel if isinstance(kernel, Int8) else kernel.reshape(fan_in, fan_out)
+        y = product(x.reshape(-1, fan_in), flat)
         y = y.reshape(*rows, *self.outputs)
         return y + self.param("bias", nn.initializers.zeros, self.outputs).astype(y.dtype) if self.bias else y
 
@@ -57,7 +105,7 @@ def inputs(path: str, ndim: int) -> int:
     return ndim - 1 if re.search(r"(attention|cross)/(\w+_)?out/kernel$", path) else 1
 
 
-class Kernel(nn.Module):
+class Kernel(Matrix):
     """A bare matrix [inputs, outputs] that starts like Linear's, for who takes the product in pieces."""
 
     inputs: int
@@ -67,10 +115,10 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self):
         init = nn.initializers.normal(self.gain * self.inputs**-0.5)
-        return self.param("kernel", init, (self.inputs, self.outputs))
+        return self.matrix("kernel", init, (self.inputs, self.outputs))
 
 
-class Table(nn.Module):
+class Table(Matrix):
     """A table of `rows` learned vectors: ids [...] -> [..., width]. It is the tied head, too."""
 
     rows: int
@@ -78,9 +126,11 @@ class Table(nn.Module):
     std: float = 0.02
 
     def setup(self):
-        self.table = self.param("table", nn.initializers.normal(self.std), (self.rows, self.width))
+        self.table = self.matrix("table", nn.initializers.normal(self.std), (self.rows, self.width))
 
     def __call__(self, ids):
+        if isinstance(self.table, Int8):
+            return self.table.take(ids)
         # Gathered whole first: from a table that lies in parts XLA would move every row's vectors to every device.
         return jnp.take(shard(self.table), ids, axis=0)
 

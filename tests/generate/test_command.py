@@ -10,6 +10,8 @@ from absl.testing import flagsaver
 from gpt4v_jax import command
 from gpt4v_jax.data import sources
 from gpt4v_jax.data.transforms import BadMedium
+from gpt4v_jax.generate import decode
+from gpt4v_jax.model.layers import Int8
 from gpt4v_jax.training import workdir
 from tests.test_evaluate import folder  # noqa: F401
 
@@ -68,6 +70,20 @@ def test_flags_reach_the_sampling(folder, capsys, monkeypatch):  # noqa: F811
         more = ["--guidance_scale=-30"] if "negative" in flag else []
         status, out, _ = say(capsys, monkeypatch, *asked, flag, *more)
         assert status == 0 and out != plain, flag
+
+
+def test_weights_of_8_bits(folder, capsys, monkeypatch):  # noqa: F811
+    plain, seen = decode.generate, []
+
+    def spy(trained, *args, **more):
+        seen.append(trained.params["text"]["embed"]["table"])
+        return plain(trained, *args, **more)
+
+    monkeypatch.setattr(decode, "generate", spy)
+    for more in ([], ["--weights=int8"]):
+        asked = [f"--workdir={folder}", "--record=test:3", "--max_new_tokens=1", *more]
+        assert say(capsys, monkeypatch, *asked)[0] == 0
+    assert [isinstance(table, Int8) for table in seen] == [False, True]
 
 
 def test_a_chat(folder, tmp_path, capsys, monkeypatch):  # noqa: F811

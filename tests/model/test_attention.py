@@ -246,3 +246,17 @@ def test_a_row_that_sees_nothing_is_zero():
     for grad in jax.grad(lambda *qkv: (attention.attend(*qkv, sight) * probe).sum(), argnums=(0, 1, 2))(q, k, v):
         assert np.isfinite(grad).all() and (np.asarray(grad)[blind] == 0).all()
         assert np.abs(np.asarray(grad)[0, 1:3]).max() > 0
+
+
+@pytest.mark.parametrize("kv_heads", (1, 2, 4))
+def test_one_query_a_row_by_sums(kv_heads):
+    """The sums of decoding are the products of `_attend`, with a cap, a bias and a row that sees nothing."""
+    rng = np.random.default_rng(kv_heads)
+    q = jnp.asarray(rng.normal(size=(3, 1, kv_heads, 4 // kv_heads, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(3, 7, kv_heads, 8)), jnp.float32) for _ in "kv")
+    mask = jnp.asarray(rng.random((3, 1, 7)) < 0.6).at[1].set(False)
+    bias = jnp.asarray(rng.normal(size=(3, 4, 1, 7)), jnp.float32)
+    for scale, cap, added in ((None, 0.0, None), (0.7, 2.0, bias)):
+        one, plain = (f(q, k, v, mask, scale, cap, added) for f in (attention._attend_one, attention._attend))
+        assert one.shape == plain.shape and not one[1].any() and one[0].any()
+        np.testing.assert_allclose(one, plain, atol=1e-6)
