@@ -7,7 +7,8 @@ The page is plain files beside this one. It talks to the standard endpoints (/v1
 import asyncio
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import fastapi
@@ -22,7 +23,7 @@ from gpt4v_jax.generate import prompts
 from gpt4v_jax.interpret import attention
 from gpt4v_jax.training.workdir import Trained
 
-PromptOf = Callable[[list[dict]], tuple[chat.Document, prompts.Read | None]]
+PromptOf = Callable[[list[dict]], Awaitable[tuple[chat.Document, prompts.Read | None]]]
 FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "look.js": "text/javascript",
          "page.svg": "image/svg+xml"}
 MOST_BYTES = 20 * 2**20  # of a file, unless the server says something else
@@ -39,8 +40,8 @@ HEADERS = {
 def router(trained: Trained, prompt_of: PromptOf, checks: Sequence[Callable] = (), most_bytes: int = MOST_BYTES):
     """-> an APIRouter: GET / with its parts, which anybody may read, GET /look/info and POST /look.
 
-    prompt_of: messages of a chat completion -> (the prompt, what reads its media), on a thread of its own; raises
-    InputError. checks: FastAPI dependencies of /look and /look/info, such as the one that asks for a key. most_bytes:
+    prompt_of: messages of a chat completion -> (the prompt, what reads its media), as chat.fetched and chat.prompt make
+    them. checks: FastAPI dependencies of /look and /look/info, such as the one that asks for a key. most_bytes:
     of a file that the page sends.
     """
     made, one = fastapi.APIRouter(include_in_schema=False), asyncio.Lock()
@@ -57,12 +58,14 @@ def router(trained: Trained, prompt_of: PromptOf, checks: Sequence[Callable] = (
     @made.post("/look", dependencies=guarded)
     async def look(request: fastapi.Request):
         try:
-            ask = _asked(await request.json())
+            messages, *ask = _asked(await request.body())
+            if reason := why_not(trained):
+                raise config.InputError(reason)
+            prompt, read = await prompt_of(messages)
             async with one:  # a forward pass of the whole conversation: one at a time, beside the answers
-                return await run_in_threadpool(looked, trained, prompt_of, *ask)
-        except (ValueError, config.InputError) as error:  # ValueError: not JSON, or not UTF-8
-            text = str(error) if isinstance(error, config.InputError) else "the body is not JSON"
-            body = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+                return await run_in_threadpool(looked, trained, prompt, read, *ask)
+        except config.InputError as error:
+            body = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
             return fastapi.responses.JSONResponse({"error": body}, 400)
 
     return made
@@ -99,10 +102,14 @@ def why_not(trained: Trained) -> str:
     return ""
 
 
-def _asked(body) -> tuple[list[dict], str | list[int], int, int]:
-    """-> (messages, answer, token, picture) of a request."""
+def _asked(data: bytes) -> tuple[list[dict], str | list[int], int, int]:
+    """-> (messages, answer, token, picture) of a request's body."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
+        body = None
     if not isinstance(body, dict):
-        raise config.InputError("the body must be an object with messages, answer and token")
+        raise config.InputError("the body must be a JSON object with messages, answer and token")
     messages, answer = body.get("messages"), body.get("answer")
     if not isinstance(messages, list) or not messages:
         raise config.InputError("messages: give those of the chat completion, up to the question")
@@ -116,35 +123,33 @@ def _asked(body) -> tuple[list[dict], str | list[int], int, int]:
     return messages, answer, *numbers
 
 
-def looked(trained: Trained, prompt_of: PromptOf, messages, answer: str | list[int], token: int, picture: int) -> dict:
+def looked(trained: Trained, prompt: chat.Document, read, answer: str | list[int], token: int, picture: int) -> dict:
     """-> {tokens: texts of the answer's tokens, token, picture, pictures: how many there are, layers, rows, columns,
     maps [layers, rows, columns]: where the model looked when it chose that token (the attention of the position before
     it, mean over heads; a map's sum is the share that the picture gets), resize: config.Image's, covered: the (height,
     width) that the patches cover, as shares of what is resized}. Raises InputError."""
-    if reason := why_not(trained):
-        raise config.InputError(reason)
-    prompt, read = prompt_of(messages)
     ids = trained.tokenizer.encode(answer) if isinstance(answer, str) else answer
     if token >= len(ids):
         raise config.InputError(f"token={token}: the answer has {len(ids)} tokens, counted from 0")
+    if len(ids) + len(prompt) > trained.layout.context or len(prompt.source) > trained.layout.source:
+        raise config.InputError(f"{len(prompt) + len(prompt.source)} positions of prompt and {len(ids)} of answer: "
+                                "more than this model reads, begin a new chat")
     if odd := [id for id in ids if not 0 <= id < trained.run.model.vocab]:
         raise config.InputError(f"answer has the id {odd[0]}, outside the vocabulary of {trained.run.model.vocab}")
     shown = [medium for _, medium in prompt.media if medium.modality == "image"]
-    if not shown:
-        raise config.InputError("there is no picture in these messages")
+    if picture >= len(shown):
+        raise config.InputError(f"picture={picture}: these messages have {len(shown)}, counted from 0")
     whole = _with(prompt, ids[:token])
-    if len(whole) > trained.layout.context:
-        raise config.InputError(f"prompt and answer have {len(whole)} positions, the model's context is "
-                                f"{trained.layout.context}: begin a new chat")
     with jax.set_mesh(trained.mesh):  # a mesh is set for one thread
         maps = attention.over_picture(trained, whole, read, len(whole) - 1, picture)
     c, view = trained.layout.image, trained.layout.views("image", shown[picture].shape)[0]
     part = 1 if c.resize == "native" else c.grid * c.patch / c.size
-    merged = (n * m / of for n, m, of in zip(maps.shape[1:], trained.layout.box("image")[1:], view.grid[1:], strict=True))
+    beside = zip(maps.shape[1:], trained.layout.box("image")[1:], view.grid[1:], strict=True)
     return {
         "tokens": pieces(trained, ids), "token": token, "picture": picture, "pictures": len(shown),
         "layers": len(maps), "rows": maps.shape[1], "columns": maps.shape[2],
-        "maps": np.round(maps.astype(float), 5).tolist(), "resize": c.resize, "covered": [part * m for m in merged],
+        "maps": np.round(maps.astype(float), 5).tolist(), "resize": c.resize,
+        "covered": [part * rows * m / of for rows, m, of in beside],
     }  # fmt: skip
 
 

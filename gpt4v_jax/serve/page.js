@@ -66,6 +66,7 @@ async function connect() {
   $("models").hidden = $("model").length < 2;
   $("name").hidden = !$("models").hidden;
   document.title = $("name").textContent = $("model").value;
+  const touch = matchMedia("(pointer: coarse)").matches; // where nobody drags files
   const reads = info.modalities, can = reads.map((kind) => NAMES[kind]);
   $("attach").hidden = !reads.length;
   $("chosen").accept = reads.map((kind) => `${kind}/*`).join();
@@ -74,7 +75,7 @@ async function connect() {
   $("attach").setAttribute("aria-label", `Attach ${listed(can)}, ${most}`);
   $("hello").textContent = !info.chats ? "Begin a text" : can.length ? `Ask about ${listed(can, "or")}` : "Ask something";
   $("hint").textContent = !info.chats ? "This model was trained on plain text: it goes on with what you write."
-    : can.length ? `Drop files anywhere, paste them or attach them, ${most}. Then ask.` : "This model reads text alone.";
+    : can.length ? `${touch ? "Attach files" : "Drop files anywhere, paste them or attach them"}, ${most}. Then ask.` : "This model reads text alone.";
   text.placeholder = info.chats ? "Ask a question" : "Once upon a time";
   text.setAttribute("aria-label", info.chats ? "Message" : "Text to go on with");
   ready();

@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 SECONDS = 20  # that an answer, or what `until` waits for, may take
 KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, "ArrowRight": 39, " ": 32}
 SHIFT = 8
+# Chromium reads its commands from 3 and writes to 4: moves our ends there, in a process of its own.
+ENDS = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(high[0], 3)
+os.dup2(high[1], 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -26,10 +35,9 @@ class Browser:
         if not program:
             pytest.skip(f"no Chromium here: none of {', '.join(NAMES)} is on the PATH, and CHROMIUM names none")
         (read_in, self._out), (self._in, write_out) = os.pipe(), os.pipe()
-        # The shell moves the ends to 3 and 4, where Chromium reads and writes.
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                 "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
-        command = ["/bin/sh", "-c", f'exec "$@" 3<&{read_in} 4>&{write_out}', "sh", program, *flags]
+                 "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={profile}"]  # fmt: skip
+        command = [sys.executable, "-ISc", ENDS, str(read_in), str(write_out), program, *flags]
         self._process = subprocess.Popen(command, pass_fds=(read_in, write_out), stdin=subprocess.DEVNULL,
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         os.close(read_in)
@@ -60,9 +68,10 @@ class Browser:
     def _read(self) -> dict:
         end = time.monotonic() + SECONDS
         while b"\0" not in self._rest:
-            there, _, _ = select.select([self._in], [], [], end - time.monotonic())
+            there, _, _ = select.select([self._in], [], [], max(end - time.monotonic(), 0))
             assert there, f"the browser has said nothing for {SECONDS} s; before that {self.problems}"
-            self._rest += os.read(self._in, 1 << 20)
+            assert (more := os.read(self._in, 1 << 20)), f"the browser has ended; before that {self.problems}"
+            self._rest += more
         line, _, self._rest = self._rest.partition(b"\0")
         return json.loads(line)
 
@@ -84,6 +93,14 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
+    def of(self, selector: str, what: str):
+        """-> `what` of an element, such as ".value"."""
+        return self.get(f"document.querySelector({json.dumps(selector)}){what}")
+
+    def there(self, selector: str) -> None:
+        """Returns as soon as there is such an element."""
+        self.until(f"document.querySelector({json.dumps(selector)})")
+
     def until(self, condition: str) -> None:
         """Returns as soon as the expression is true: it is looked at before each frame."""
         end = time.monotonic() + SECONDS
@@ -93,9 +110,9 @@ class Browser:
 
     def click(self, selector: str) -> None:
         """Clicks where a finger would: in the middle of what is seen of it."""
-        x, y = self.get(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: "
-                        "'nearest'}); const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]"
-                        "; })()")  # fmt: skip
+        x, y = self.get("(() => { const e = document.querySelector(" + json.dumps(selector) + ");"
+                        " e.scrollIntoView({block: 'nearest'}); const b = e.getBoundingClientRect();"
+                        " return [b.x + b.width / 2, b.y + b.height / 2]; })()")  # fmt: skip
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
