@@ -26,7 +26,8 @@ from gpt4v_jax.training.workdir import Trained
 PromptOf = Callable[[list[dict]], Awaitable[tuple[chat.Document, prompts.Read | None]]]
 FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "look.js": "text/javascript",
          "page.svg": "image/svg+xml"}
-MOST_BYTES = 20 * 2**20  # of a file, unless the server says something else
+MOST_BYTES = 20 * 2**20  # of a request's body, unless the server says something else
+FILES_SHARE = 0.74  # of a body: base64 is 4/3 of a file, and some text goes with it
 HEADERS = {
     # blob: are the previews of files that the user has chosen.
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; media-src 'self' blob:; object-src 'none'; "
@@ -42,13 +43,13 @@ def router(trained: Trained, prompt_of: PromptOf, checks: Sequence[Callable] = (
 
     prompt_of: messages of a chat completion -> (the prompt, what reads its media), as chat.fetched and chat.prompt make
     them. checks: FastAPI dependencies of /look and /look/info, such as the one that asks for a key. most_bytes:
-    of a file that the page sends.
+    of a request's body, in which the files of a whole chat travel.
     """
     made, one = fastapi.APIRouter(include_in_schema=False), asyncio.Lock()
     for name, kind in FILES.items():
         path = Path(__file__).with_name(name or "page.html")
         made.add_api_route(f"/{name}", _file(path, kind), methods=["GET", "HEAD"])
-    known = info(trained) | {"most_bytes": most_bytes}
+    known = info(trained) | {"most_bytes": int(FILES_SHARE * most_bytes)}
     guarded = [fastapi.Depends(check) for check in checks]
 
     @made.get("/look/info", dependencies=guarded)

@@ -4,6 +4,7 @@ import { Look } from "./look.js";
 
 const $ = (id) => document.getElementById(id);
 const composer = $("composer"), text = $("text"), main = $("main"), log = $("log");
+const touch = matchMedia("(pointer: coarse)").matches; // nobody drags files there, and a focus opens the keyboard
 const NAMES = { image: "pictures", video: "clips", audio: "sound" };
 const ENDS = { stop: "finished", length: "cut: no more tokens", cancelled: "stopped", content_filter: "held back" };
 
@@ -31,21 +32,25 @@ async function call(path, body, signal) {
   throw new Told(said.error?.message ?? `The server answers ${response.status} ${response.statusText}`);
 }
 
-// The JSON of each event of a stream. Returns whether the stream came to its end.
+// The JSON of each event of a stream. Throws where the stream ends without saying so.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ;) {
-    const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Told("The connection broke before the answer's end.");
-    });
-    const lines = (rest + (value ?? "\n")).split(/\r\n|\n/);
-    rest = lines.pop();
-    for (const line of lines) {
-      const data = line.startsWith("data:") ? line.slice(5).trim() : "";
-      if (data === "[DONE]") return;
-      if (data) yield JSON.parse(data);
+  try {
+    for (let rest = ""; ;) {
+      const { value, done } = await reader.read().catch((error) => {
+        throw error.name === "AbortError" ? error : new Told("The connection broke before the answer's end.");
+      });
+      const lines = (rest + (value ?? "\n")).split(/\r\n|\n/);
+      rest = lines.pop();
+      for (const line of lines) {
+        const data = line.startsWith("data:") ? line.slice(5).trim() : "";
+        if (data === "[DONE]") return;
+        if (data) yield JSON.parse(data);
+      }
+      if (done) throw new Told("The connection ended before the answer did.");
     }
-    if (done) throw new Told("The connection ended before the answer did.");
+  } finally {
+    reader.cancel().catch(() => {}); // it may have ended by itself
   }
 }
 
@@ -60,32 +65,36 @@ async function connect() {
     $("hello").textContent = $("key").hidden ? "Not connected" : "A key, please";
     $("hint").textContent = error.message;
     $("retry").hidden = !$("key").hidden;
+    if (turns.length) say(error.message);
     return ready();
   }
   $("key").hidden = true;
   $("models").hidden = $("model").length < 2;
   $("name").hidden = !$("models").hidden;
   document.title = $("name").textContent = $("model").value;
-  const touch = matchMedia("(pointer: coarse)").matches; // where nobody drags files
   const reads = info.modalities, can = reads.map((kind) => NAMES[kind]);
   $("attach").hidden = !reads.length;
   $("chosen").accept = reads.map((kind) => `${kind}/*`).join();
-  const most = `up to ${size(info.most_bytes)} each`;
+  const most = `up to ${size(info.most_bytes)} in a chat`;
   $("attach").title = $("attach_what").textContent = "Attach";
   $("attach").setAttribute("aria-label", `Attach ${listed(can)}, ${most}`);
   $("hello").textContent = !info.chats ? "Begin a text" : can.length ? `Ask about ${listed(can, "or")}` : "Ask something";
   $("hint").textContent = !info.chats ? "This model was trained on plain text: it goes on with what you write."
     : can.length ? `${touch ? "Attach files" : "Drop files anywhere, paste them or attach them"}, ${most}. Then ask.` : "This model reads text alone.";
+  fields.find(({ name }) => name === "max_tokens").placeholder = info.chats ? "no limit" : "16"; // as OpenAI has it
   text.placeholder = info.chats ? "Ask a question" : "Once upon a time";
   text.setAttribute("aria-label", info.chats ? "Message" : "Text to go on with");
   ready();
-  text.focus();
+  if (!touch) text.focus();
 }
 
 // --- files
 
-const size = (bytes) => bytes < 2 ** 20 ? `${Math.ceil(bytes / 1024)} KB` : `${+(bytes / 2 ** 20).toFixed(1)} MB`;
+const size = (bytes) => bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} KB` : `${+(bytes / 1e6).toFixed(1)} MB`;
 const listed = (words, and = "and") => words.join(", ").replace(/, ([^,]*)$/, ` ${and} $1`);
+
+// What the files of the chat weigh, for each request carries all of them.
+const held = () => [...turns.flatMap((turn) => turn.files ?? []), ...files].reduce((sum, file) => sum + file.size, 0);
 
 function attach(list) {
   const odd = [];
@@ -93,7 +102,7 @@ function attach(list) {
     const kind = file.type.split("/")[0], known = kind in NAMES;
     if (!known) odd.push(`${file.name} is no picture, clip or sound`);
     else if (!info.modalities.includes(kind)) odd.push(`${file.name}: this model reads no ${NAMES[kind]}`);
-    else if (file.size > info.most_bytes) odd.push(`${file.name} has ${size(file.size)}, at most ${size(info.most_bytes)} can be sent`);
+    else if (held() + file.size > info.most_bytes) odd.push(`${file.name}: with it this chat has ${size(held() + file.size)} of files, and can have ${size(info.most_bytes)}`);
     else files.push(attached(file, kind));
   }
   say(odd.length ? `Left out: ${odd.join("; ")}.` : "");
@@ -127,7 +136,7 @@ function showFiles() {
     name.append(file.name, bytes);
     const seen = preview(file);
     if (file.kind === "video") seen.controls = false; // too small for them
-    item.append(seen, name, button("Remove", "quiet", () => {
+    item.append(seen, name, button("×", "quiet remove", () => {
       files = files.filter((other) => other !== file);
       URL.revokeObjectURL(file.preview);
       showFiles();
@@ -220,7 +229,7 @@ function question(turn) {
 
 function answer(given) {
   const article = $("answer").content.cloneNode(true).firstElementChild, said = article.querySelector(".said");
-  const turn = { role: "assistant", text: "", article, tokens: 0, said: document.createTextNode("") };
+  const turn = { role: "assistant", text: "", article, tokens: 0, said: document.createElement("span") };
   if (!info.chats) said.append(Object.assign(document.createElement("span"), { className: "given", textContent: given }));
   said.append(turn.said);
   article.querySelector(".again").onclick = again;
@@ -269,7 +278,7 @@ async function ask(turn, fresh = true) {
   said.classList.remove("running");
   const nothing = problem && !made.text;
   if (nothing) takeBack(turn, made, problem);
-  else finish(made, asked, problem);
+  else following(() => finish(made, asked, problem));
   ready();
 }
 
@@ -295,12 +304,17 @@ async function stream(made, asked, signal) {
   }
 }
 
+// Changes the page; who was at its end stays there, who scrolled up reads on.
+function following(change) {
+  const at_end = main.scrollHeight - main.scrollTop - main.clientHeight < 60;
+  change();
+  if (at_end) main.scrollTop = main.scrollHeight;
+}
+
 function add(made, piece, began) {
-  const follows = main.scrollHeight - main.scrollTop - main.clientHeight < 60; // who scrolled up reads there
   made.first ??= (performance.now() - began) / 1000;
   made.text += piece;
-  made.said.data = made.text;
-  if (follows) main.scrollTop = main.scrollHeight;
+  following(() => made.said.append(piece)); // a node of its own, so that screen readers say what is new
 }
 
 function takeBack(turn, made, problem) {
@@ -320,6 +334,7 @@ function finish(made, asked, problem) {
   if (made.first !== undefined) told.push(`first after ${made.first.toFixed(1)} s`);
   told.push(problem ? "broken off" : ENDS[made.finish] ?? made.finish ?? "ended");
   find(".facts").textContent = made.text ? told.join(" · ") : ["(nothing)", ...told].join(" · ");
+  made.said.normalize();
   find(".failed").textContent = problem ?? "";
   find(".failed").hidden = !problem;
   const pictures = asked.flatMap((turn) => turn.files ?? []).filter((file) => file.kind === "image");

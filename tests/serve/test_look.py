@@ -161,8 +161,8 @@ def test_a_key_is_asked_for_but_not_for_the_page(trained):
 
 
 def test_what_the_page_is_told_of_a_model(trained):
-    assert client(trained, most_bytes=7).get("/look/info").json() == {
-        "chats": True, "modalities": ["image"], "context": 128, "attention": "", "most_bytes": 7,
+    assert client(trained, most_bytes=1000).get("/look/info").json() == {
+        "chats": True, "modalities": ["image"], "context": 128, "attention": "", "most_bytes": 740,
     }  # fmt: skip
     text = dataclasses.replace(trained, texts=(trained.run.data.name,))
     assert look.info(text)["modalities"] == [] and "plain text" in look.info(text)["attention"]

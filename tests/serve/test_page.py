@@ -232,15 +232,15 @@ def test_an_answer_that_breaks_off_is_kept(end, message, page, serve, trained):
 
 def test_pictures_come_by_drop_by_choice_and_leave(page, serve, trained, scene, tmp_path):
     """What the model does not read, what is too large and what is no medium is left out, and said."""
-    fake = serve(trained, most_bytes=scene.stat().st_size)
+    fake = serve(trained, most_bytes=3 * scene.stat().st_size)
     big, song, note = tmp_path / "big.png", tmp_path / "song.wav", tmp_path / "note.txt"
-    big.write_bytes(scene.read_bytes() + b"1")
+    big.write_bytes(2 * scene.read_bytes())
     song.write_bytes(b"RIFF")
     note.write_text("hello")
     page.drop(scene, big, song, note)
     page.until("document.querySelector('#files img')?.complete")
     error = page.of("#error", ".textContent")
-    for told in ("big.png has", "song.wav: this model reads no sound", "note.txt is no picture"):
+    for told in ("big.png: with it this chat has", "song.wav: this model reads no sound", "note.txt is no picture"):
         assert told in error
     assert page.of("#files img", ".naturalWidth") == 24
     page.choose("#chosen", scene)
