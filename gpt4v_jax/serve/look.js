@@ -14,7 +14,8 @@ export class Look {
   constructor(article, pictures, ask, why_not) {
     this.panel = document.getElementById("look").content.cloneNode(true).firstElementChild;
     this.panel.hidden = true;
-    Object.assign(this, { pictures, ask, why_not, answers: new Map(), wanted: { token: 0, picture: 0 }, layer: 0, number: ++panels });
+    Object.assign(this, { pictures, ask, why_not, layer: 0, number: ++panels });
+    Object.assign(this, { answers: new Map(), wanted: { token: 0, picture: 0 } });
     article.append(this.panel);
   }
 
@@ -70,7 +71,8 @@ export class Look {
 
   choices() {
     const { tokens, layers } = this.found;
-    const visible = (token) => token.replaceAll("\n", "↵").replace(/^ +$/, (blanks) => "␣".repeat(blanks.length)) || "·";
+    const visible = (token) => token.replaceAll("\n", "↵").replace(/^ +$/, (blanks) => "␣".repeat(blanks.length))
+      || "·";
     this.chips("tokens", tokens.map(visible), (token) => { this.wanted.token = token; this.update(); });
     const names = ["mean", ...Array.from({ length: layers }, (_, layer) => String(layer + 1))];
     this.chips("layers", names, (layer) => { this.layer = layer; this.draw(); });
@@ -83,8 +85,8 @@ export class Look {
   // A radio button for each label: one stop of the Tab key, arrow keys go from one to the next.
   chips(name, labels, choose) {
     this.find(`.${name} div`).replaceChildren(...labels.map((label, i) => {
-      const chip = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("span");
-      Object.assign(input, { type: "radio", name: `${name}-${this.number}`, checked: i === 0, onchange: () => choose(i) });
+      const [chip, input, shown] = ["label", "input", "span"].map((tag) => document.createElement(tag));
+      Object.assign(input, { type: "radio", name: `${name}-${this.number}`, checked: !i, onchange: () => choose(i) });
       shown.append(label);
       chip.className = "chip";
       chip.append(input, shown);
@@ -94,7 +96,8 @@ export class Look {
 
   draw() {
     const { maps, rows, columns, covered, resize, tokens, token, picture } = this.found;
-    const mean = maps[0].map((row, r) => row.map((_, c) => maps.reduce((sum, map) => sum + map[r][c], 0) / maps.length));
+    const mean = maps[0].map((row, r) =>
+      row.map((_, c) => maps.reduce((sum, map) => sum + map[r][c], 0) / maps.length));
     const map = this.layer ? maps[this.layer - 1] : mean, most = Math.max(...map.flat());
     const [frame, image, canvas] = [".frame", ".frame img", "canvas"].map((what) => this.find(what));
     Object.assign(image, { src: this.pictures[picture].preview, alt: this.pictures[picture].name });
@@ -105,9 +108,11 @@ export class Look {
     map.flat().forEach((weight, i) => pixels.data.set([...colour(most ? weight / most : 0), 255], 4 * i));
     canvas.getContext("2d").putImageData(pixels, 0, 0);
     const at = map.flat().indexOf(most), where = `row ${Math.floor(at / columns) + 1}, column ${(at % columns) + 1}`;
-    const told = `${share(total(map))} of the attention is on the picture` + (most ? `, the most at ${where}: ${share(most)}.` : ".");
+    const told = `${share(total(map))} of the attention is on the picture`
+      + (most ? `, the most at ${where}: ${share(most)}.` : ".");
     canvas.setAttribute("aria-label", `Attention over ${rows} rows and ${columns} columns of patches. ${told}`);
-    this.find("figcaption").textContent = `“${tokens[token].trim()}”, ${this.layer ? `layer ${this.layer} of ${maps.length}` : "mean of the layers"}: ${told}`;
+    const layer = this.layer ? `layer ${this.layer} of ${maps.length}` : "mean of the layers";
+    this.find("figcaption").textContent = `“${tokens[token].trim()}”, ${layer}: ${told}`;
   }
 }
 

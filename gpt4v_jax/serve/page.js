@@ -19,10 +19,11 @@ class Told extends Error {} // what the server says of a request
 
 async function call(path, body, signal) {
   const key = sessionStorage.getItem("key");
-  const headers = { ...(key && { Authorization: `Bearer ${key}` }), ...(body && { "Content-Type": "application/json" }) };
+  const headers = body ? { "Content-Type": "application/json" } : {};
+  if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: JSON.stringify(body) });
   } catch (error) {
     throw error.name === "AbortError" ? error : new Told("The server cannot be reached. Is it still running?");
   }
@@ -78,10 +79,12 @@ async function connect() {
   const most = `up to ${size(info.most_bytes)} in a chat`;
   $("attach").title = $("attach_what").textContent = "Attach";
   $("attach").setAttribute("aria-label", `Attach ${listed(can)}, ${most}`);
-  $("hello").textContent = !info.chats ? "Begin a text" : can.length ? `Ask about ${listed(can, "or")}` : "Ask something";
+  $("hello").textContent = !info.chats ? "Begin a text"
+    : can.length ? `Ask about ${listed(can, "or")}` : "Ask something";
+  const how = touch ? "Attach files" : "Drop files anywhere, paste them or attach them";
   $("hint").textContent = !info.chats ? "This model was trained on plain text: it goes on with what you write."
-    : can.length ? `${touch ? "Attach files" : "Drop files anywhere, paste them or attach them"}, ${most}. Then ask.` : "This model reads text alone.";
-  fields.find(({ name }) => name === "max_tokens").placeholder = info.chats ? "no limit" : "16"; // as OpenAI has it
+    : can.length ? `${how}, ${most}. Then ask.` : "This model reads text alone.";
+  composer.elements.max_tokens.placeholder = info.chats ? "no limit" : "16"; // as OpenAI has it
   text.placeholder = info.chats ? "Ask a question" : "Once upon a time";
   text.setAttribute("aria-label", info.chats ? "Message" : "Text to go on with");
   ready();
@@ -102,8 +105,10 @@ function attach(list) {
     const kind = file.type.split("/")[0], known = kind in NAMES;
     if (!known) odd.push(`${file.name} is no picture, clip or sound`);
     else if (!info.modalities.includes(kind)) odd.push(`${file.name}: this model reads no ${NAMES[kind]}`);
-    else if (held() + file.size > info.most_bytes) odd.push(`${file.name}: with it this chat has ${size(held() + file.size)} of files, and can have ${size(info.most_bytes)}`);
-    else files.push(attached(file, kind));
+    else if (held() + file.size > info.most_bytes) {
+      const has = size(held() + file.size), most = size(info.most_bytes);
+      odd.push(`${file.name}: with it this chat has ${has} of files, and can have ${most}`);
+    } else files.push(attached(file, kind));
   }
   say(odd.length ? `Left out: ${odd.join("; ")}.` : "");
   showFiles();
@@ -117,8 +122,8 @@ function attached(file, kind) {
     reader.readAsDataURL(file);
   });
   data.catch(() => {}); // it is said when the file is sent
-  const ending = file.name.includes(".") ? file.name.split(".").pop() : file.type.split("/")[1].replace("x-", "");
-  return { kind, name: file.name, size: file.size, format: ending.toLowerCase(), preview: URL.createObjectURL(file), data };
+  const { name, size, type } = file, ending = name.includes(".") ? name.split(".").pop() : type.split("/")[1];
+  return { kind, name, size, format: ending.toLowerCase(), preview: URL.createObjectURL(file), data };
 }
 
 function preview(file) {
@@ -131,7 +136,7 @@ function preview(file) {
 
 function showFiles() {
   $("files").replaceChildren(...files.map((file) => {
-    const item = document.createElement("li"), name = document.createElement("span"), bytes = document.createElement("small");
+    const [item, name, bytes] = ["li", "span", "small"].map((tag) => document.createElement(tag));
     bytes.textContent = size(file.size);
     name.append(file.name, bytes);
     const seen = preview(file);
@@ -165,7 +170,8 @@ function sampling() {
 }
 
 function remember() {
-  localStorage.setItem("sampling", JSON.stringify(Object.fromEntries(fields.map((field) => [field.name, field.value]))));
+  const values = Object.fromEntries(fields.map((field) => [field.name, field.value]));
+  localStorage.setItem("sampling", JSON.stringify(values));
   summarize();
 }
 
@@ -204,8 +210,11 @@ function ready() {
 
 // The messages of a chat completion. Media come first, as the models were trained.
 async function messages(turns) {
-  const parts = { image: (url) => ({ type: "image_url", image_url: { url } }), video: (url) => ({ type: "video_url", video_url: { url } }),
-    audio: (url, format) => ({ type: "input_audio", input_audio: { data: url.slice(url.indexOf(",") + 1), format } }) };
+  const parts = {
+    image: (url) => ({ type: "image_url", image_url: { url } }),
+    video: (url) => ({ type: "video_url", video_url: { url } }),
+    audio: (url, format) => ({ type: "input_audio", input_audio: { data: url.slice(url.indexOf(",") + 1), format } }),
+  };
   return Promise.all(turns.map(async ({ role, text, files }) => {
     if (!files?.length) return { role, content: text };
     const media = await Promise.all(files.map(async (file) => parts[file.kind](await file.data, file.format)));
@@ -230,7 +239,8 @@ function question(turn) {
 function answer(given) {
   const article = $("answer").content.cloneNode(true).firstElementChild, said = article.querySelector(".said");
   const turn = { role: "assistant", text: "", article, tokens: 0, said: document.createElement("span") };
-  if (!info.chats) said.append(Object.assign(document.createElement("span"), { className: "given", textContent: given }));
+  const before = Object.assign(document.createElement("span"), { className: "given", textContent: given });
+  if (!info.chats) said.append(before);
   said.append(turn.said);
   article.querySelector(".again").onclick = again;
   article.querySelector(".on").onclick = () => ask({ role: "user", text: given + turn.text, files: [] });
@@ -330,7 +340,8 @@ function takeBack(turn, made, problem) {
 
 function finish(made, asked, problem) {
   const find = (name) => made.article.querySelector(name), told = [];
-  if (made.tokens) told.push(`${made.tokens} ${made.tokens === 1 ? "token" : "tokens"}`, `${+(made.tokens / made.seconds).toPrecision(2)} tokens/s`);
+  const speed = +(made.tokens / made.seconds).toPrecision(2);
+  if (made.tokens) told.push(`${made.tokens} ${made.tokens === 1 ? "token" : "tokens"}`, `${speed} tokens/s`);
   if (made.first !== undefined) told.push(`first after ${made.first.toFixed(1)} s`);
   told.push(problem ? "broken off" : ENDS[made.finish] ?? made.finish ?? "ended");
   find(".facts").textContent = made.text ? told.join(" · ") : ["(nothing)", ...told].join(" · ");
@@ -375,7 +386,12 @@ $("new").onclick = begin;
 $("retry").onclick = connect;
 $("attach").onclick = () => $("chosen").click();
 $("chosen").onchange = () => { attach($("chosen").files); $("chosen").value = ""; text.focus(); };
-$("key").onsubmit = (event) => { event.preventDefault(); sessionStorage.setItem("key", $("secret").value.trim()); say(""); connect(); };
+$("key").onsubmit = (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("key", $("secret").value.trim());
+  say("");
+  connect();
+};
 $("sampling").oninput = remember;
 $("reset").onclick = () => { for (const field of fields) field.value = ""; remember(); };
 document.onpaste = (event) => {
