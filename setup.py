@@ -50,7 +50,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt4v_jax", "gpt4v_jax.*"]),
-    package_data={"gpt4v_jax": ["report.html"]},
+    package_data={"gpt4v_jax": ["report.html"], "gpt4v_jax.serve": ["page.*", "look.js"]},
     install_requires=CORE,
     extras_require={
         "media": MEDIA,

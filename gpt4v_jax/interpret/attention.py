@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
 
+from gpt4v_jax import config
 from gpt4v_jax.data import chat, packing
 from gpt4v_jax.generate import decode
 from gpt4v_jax.model import attention
@@ -17,15 +19,19 @@ def _captured(model, params, batch):
     return model.apply({"params": params}, batch, capture=True)[2]
 
 
-def over_picture(trained: Trained, document: chat.Document, read, query: int) -> np.ndarray:
-    """-> [layers, rows, columns]: how much position `query` of a document looks at each patch of its first picture.
+def over_picture(trained: Trained, document: chat.Document, read, query: int, number: int = 0) -> np.ndarray:
+    """-> [layers, rows, columns]: how much position `query` of a document looks at each patch of a picture of it, the
+    first, or the one of this `number`. Raises InputError where it has no such picture.
 
     Mean over heads of the layer's attention weights; a layer's map sums to the share that the picture gets. Layers are
     those where a picture's patches can be seen: all, or, where they are a memory or a source, those that read it. None
     where vectors have no place in the picture: those of a resampler.
     """
     layout = dataclasses.replace(trained.layout, **decode.budgets([document], trained.layout))
-    first, picture = next((at, medium) for at, medium in document.media if medium.modality == "image")
+    pictures = [(at, medium) for at, medium in document.media if medium.modality == "image"]
+    if not 0 <= number < len(pictures):
+        raise config.InputError(f"picture {number} of {len(pictures)}: they are counted from 0")
+    first, picture = pictures[number]
     _, rows, columns = layout.merged("image", layout.views("image", picture.shape)[0])  # the thumbnail, if tiled
     c = trained.run.model.decoder
     if layout.tokens:
@@ -36,7 +42,10 @@ def over_picture(trained: Trained, document: chat.Document, read, query: int) ->
     sight = attention.Sight(batch.document, step, batch.document, step, index, index)
     within = "" if layout.place == "stream" else "cross/"
     if within:
-        sight, first = out["memory"], first if layout.place == "source" else 0  # pictures come first in a memory
+        sight = out["memory"]
+        if layout.place == "memory":  # where pictures come first, one after the other
+            before = (view for _, medium in pictures[:number] for view in layout.views("image", medium.shape))
+            first = sum(math.prod(layout.merged("image", view)) for view in before)
     sight = sight.part(slice(query, query + 1), slice(None))
     maps = []
     for i, kind in enumerate(c.kinds):

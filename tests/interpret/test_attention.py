@@ -106,6 +106,35 @@ def test_a_weight_lies_where_its_patch_is(row, column, kind):
     assert abs(ratio[row, column] / others[0] - 1) > 0.1
 
 
+@pytest.mark.parametrize("kind", ["concat", "cross_attention", "encoder_decoder"])
+def test_the_picture_of_a_number(kind):
+    """Two pictures: the map of the second one changes where its patch does, and the first one's keeps its ratios. In a
+    source the patches see each other, and no ratio is kept: there the changed one's changes most."""
+    trained = make(**tiny.FUSIONS[kind], heads=1)
+    document = tiny.document("U1 I U1 I U3", trained.layout)
+    second = document.media[1][1]
+
+    def read(medium):
+        ((patches, index),) = tiny.reader(trained.layout)(medium)
+        here = (index == [0, 1, 0]).all(1, keepdims=True) & (medium == second)
+        return [(patches ^ 255 * here.astype(np.uint8), index)]
+
+    query = len(document) - 1
+    ratios = []
+    for number in (0, 1):
+        before, after = (
+            interpret.over_picture(trained, document, r, query, number)[0] for r in (tiny.reader(trained.layout), read)
+        )
+        ratios.append((after / before).ravel())
+    first, other = ratios
+    change = np.abs(np.concatenate([first, other]) / np.median([first, other]) - 1)
+    assert change.argmax() == 4 + 2 and change.max() > 0.1
+    if kind != "encoder_decoder":
+        np.testing.assert_allclose(first, first[0], rtol=1e-4)
+    with pytest.raises(config.InputError, match="picture 2 of 2"):
+        interpret.over_picture(trained, document, tiny.reader(trained.layout), query, 2)
+
+
 def test_maps_where_the_picture_is_read_apart():
     """Of a memory and of a source, the blocks that read them; a resampler's vectors have no place in the picture."""
     for kind, layers in (("cross_attention, latest", 1), ("encoder_decoder", 2), ("q_former", 0)):
