@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -132,3 +133,6 @@ class Inline:
 
 if __name__ == "__main__":
     command.run(main, required=("workdir",))
+    # A thread inside a compiled program cannot be stopped, and the interpreter would wait for it or die of it.
+    sys.stdout.flush()
+    os._exit(0)
