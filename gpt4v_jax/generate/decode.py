@@ -167,25 +167,29 @@ def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: in
 def begin(trained: Trained, prompts: Sequence[chat.Document], read: prompts_lib.Read | None, slots: int):
     """-> (logits [B,V] after each prompt, a cache with room for so many tokens more, [B] bool: whether the prompt is
     there; one whose media cannot be read is not). Raises InputError for a prompt that the model cannot read."""
+    check(trained, prompts)
     context = trained.layout.context
-    if not trained.run.model.causal:
-        raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
     longest, asked = max(map(len, prompts)), max(len(p.source) for p in prompts)
     asked = max(asked, min(trained.layout.source, 1))  # an encoder reads something, be it padding
-    if asked > trained.layout.source:
-        reads = trained.layout.source
-        raise config.InputError(f"the prompt has {asked} positions, the encoder reads at most {reads}: shorten it")
-    if longest >= context:
-        raise config.InputError(
-            f"the prompt has {longest} positions (media included), the model's context is {context}: "
-            f"shorten it to at most {context - 1}"
-        )
-    pairs = ((longest, context), (asked, trained.layout.source))
-    width, source = (min(rounded(n, BUCKET), most) for n, most in pairs)
+    most = ((longest, context), (asked, trained.layout.source))
+    width, source = (min(rounded(n, BUCKET), limit) for n, limit in most)
     layout = dataclasses.replace(trained.layout, context=width, source=source, **budgets(prompts, trained.layout))
     batch = packing.stack([packing.fill([p], read, layout) for p in prompts])
     logits, cache = prefill(trained.model.clone(layout=layout), trained.params, batch, width + slots)
     return logits, cache, batch.document.any(axis=1)
+
+
+def check(trained: Trained, prompts: Sequence[chat.Document]) -> None:
+    """Raises InputError for a prompt that the model cannot read, or that leaves no room for an answer."""
+    if not trained.run.model.causal:
+        raise config.InputError("this model's stream is bidirectional: it fills in masked tokens and generates no text")
+    longest, asked = max(map(len, prompts)), max(len(p.source) for p in prompts)
+    context, reads = trained.layout.context, trained.layout.source
+    if asked > reads:
+        raise config.InputError(f"the prompt has {asked} positions, the encoder reads at most {reads}: shorten it")
+    if longest >= context:
+        raise config.InputError(f"the prompt has {longest} positions (media included), the model's context is "
+                                f"{context}: shorten it to at most {context - 1}")
 
 
 def budgets(prompts: Sequence[chat.Document], layout: batch_lib.Layout) -> dict[str, tuple[int, ...]]:
@@ -205,10 +209,13 @@ def text_of(trained: Trained, asked: chat.Document, tokens: Sequence[int]) -> st
     return whole[len(before) :] if whole.startswith(before) else text
 
 
-def _finished(trained: Trained, asked: chat.Document, told: Told, room: int, stop: Sequence[str], complete: bool):
-    """-> the Answer, if the tokens told of end it or are complete, else None. Its last token is the one that completes
-    a stop string, before which the text is cut."""
-    tokens = told.tokens.tolist()
+def ended(trained: Trained, asked: chat.Document, tokens: Sequence[int], room: int, stop: Sequence[str] = (),
+          complete: bool = False) -> tuple[str, int, str | None]:  # fmt: skip
+    """-> (an answer's text so far, how many of its tokens it has, Answer.finish or None where it goes on).
+
+    tokens: what was drawn; complete: they are all that a grammar allows. The last token is the one that completes a
+    stop string, before which the text is cut.
+    """
     kept, finish = tokens[:room], "stop" if complete else "length" if len(tokens) >= room else None
     at = next((i for i, token in enumerate(kept) if token in trained.tokenizer.ends or token < 0), None)
     if at is not None:
@@ -218,15 +225,24 @@ def _finished(trained: Trained, asked: chat.Document, told: Told, room: int, sto
         n = next(n for n in range(1, len(kept) + 1) if any(s in text_of(trained, asked, kept[:n]) for s in stop))
         kept, finish, text = kept[:n], "stop", text_of(trained, asked, kept[:n])
         text = text[: min(text.index(s) for s in stop if s in text)]
+    return text, len(kept), finish
+
+
+def _finished(trained: Trained, asked: chat.Document, told: Told, room: int, stop: Sequence[str], complete: bool):
+    """-> the Answer, if the tokens told of end it, else None."""
+    text, n, finish = ended(trained, asked, told.tokens.tolist(), room, stop, complete)
     if not finish:
         return None
-    told = jax.tree.map(lambda x: x[: len(kept)], told)
-    answer = Answer(text, tuple(kept), finish, scores=told.scores)
+    told = jax.tree.map(lambda x: x[:n], told)
+    answer = Answer(text, tuple(told.tokens.tolist()), finish, scores=told.scores)
     if told.logprobs is None:
         return answer
-    pairs = zip(told.top.tolist(), told.top_logprobs.tolist(), strict=True)
-    top = tuple(tuple(zip(*pair, strict=True)) for pair in pairs)
-    return dataclasses.replace(answer, logprobs=tuple(told.logprobs.tolist()), top=top)
+    return dataclasses.replace(answer, logprobs=tuple(told.logprobs.tolist()), top=pairs(told.top, told.top_logprobs))
+
+
+def pairs(top, logprobs) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """[n,k] each -> Answer.top."""
+    return tuple(tuple(zip(*pair, strict=True)) for pair in zip(top.tolist(), logprobs.tolist(), strict=True))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
@@ -253,24 +269,8 @@ def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done
     last. allowed [B,V] bool: of the next token alone.
     """
 
-    def drawn(logits, past):
-        """-> what is told of the next token of each row."""
-        raw = logits[: len(keys)]
-        x = sample.guided(raw, logits[len(keys) :], rules["guidance_scale"]) if "guidance_scale" in rules else raw
-        x = sample.processed(x, past, rules, end)
-        for process in processors:
-            x = process(past, x)
-        if allowed is not None:
-            x = jnp.where(allowed, x, -jnp.inf)
-        token = sample.draw(x, jax.vmap(jax.random.fold_in)(keys, past.length - past.prompt), rules)
-        token = jnp.where((x > -jnp.inf).any(axis=-1), token, -1)
-        told = Told(token, scores=x if output_scores else None)
-        if logprobs is None:
-            return told
-        nats = jax.nn.log_softmax(raw, axis=-1)
-        best, which = jax.lax.top_k(nats, min(logprobs, nats.shape[1]))
-        return told.replace(logprobs=jnp.take_along_axis(nats, token[:, None], axis=1)[:, 0], top=which,
-                            top_logprobs=best)  # fmt: skip
+    draw = functools.partial(drawn, end=end, processors=processors, allowed=allowed, logprobs=logprobs,
+                             output_scores=output_scores)  # fmt: skip
 
     def go_on(carry):
         n, _, _, _, _, done = carry
@@ -278,18 +278,39 @@ def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done
 
     def one(carry):
         n, told, logits, cache, past, done = carry
-        new = drawn(logits, past)
+        new = draw(logits, past, keys, rules)
         told = jax.tree.map(lambda all, x: all.at[:, n].set(x), told, new)
         token = jnp.maximum(new.tokens, 0)
         logits, cache = step(model, params, jnp.tile(token, len(logits) // len(keys)), cache)
         done |= jnp.isin(new.tokens, jnp.array(end, jnp.int32)) | (new.tokens < 0)
         return n + 1, told, logits, cache, past.append(token), done
 
-    shapes = jax.eval_shape(drawn, logits, past)
+    shapes = jax.eval_shape(draw, logits, past, keys, rules)
     told = jax.tree.map(lambda x: jnp.zeros((len(x), tokens, *x.shape[1:]), x.dtype), shapes)
     told = told.replace(tokens=told.tokens + (end[0] if end else -1))  # what is not drawn
     _, told, logits, cache, past, _ = jax.lax.while_loop(go_on, one, (jnp.int32(0), told, logits, cache, past, done))
     return told, logits, cache, past
+
+
+def drawn(logits, past: sample.History, keys, rules: sample.Rules, end: tuple[int, ...] = (),
+          processors: tuple[Processor, ...] = (), allowed=None, logprobs: int | None = None,
+          output_scores: bool = False) -> Told:  # fmt: skip
+    """-> of the next token of each row, `decode`'s arguments, what is told: its arrays without the n."""
+    raw = logits[: len(keys)]
+    x = sample.guided(raw, logits[len(keys) :], rules["guidance_scale"]) if "guidance_scale" in rules else raw
+    x = sample.processed(x, past, rules, end)
+    for process in processors:
+        x = process(past, x)
+    if allowed is not None:
+        x = jnp.where(allowed, x, -jnp.inf)
+    token = sample.draw(x, jax.vmap(jax.random.fold_in)(keys, past.length - past.prompt), rules)
+    token = jnp.where((x > -jnp.inf).any(axis=-1), token, -1)
+    told = Told(token, scores=x if output_scores else None)
+    if logprobs is None:
+        return told
+    nats = jax.nn.log_softmax(raw, axis=-1)
+    best, which = jax.lax.top_k(nats, min(logprobs, nats.shape[1]))
+    return told.replace(logprobs=jnp.take_along_axis(nats, token[:, None], axis=1)[:, 0], top=which, top_logprobs=best)
 
 
 def step(model: GPT4V, params, token_B, cache: attention.Cache):

@@ -96,7 +96,7 @@ def kept(before: attention.Cache, after: attention.Cache, taken_B, T: int) -> at
     used = jnp.max(jnp.where(before.document > 0, places + 1, 0), axis=1)
 
     def move(x):
-        return write(x, jax.lax.dynamic_slice_in_dim(x, before.cursor, T, axis=1), used)
+        return attention.entered(x, jax.lax.dynamic_slice_in_dim(x, before.cursor, T, axis=1), used)
 
     end = used + taken_B
     return after.replace(
@@ -110,11 +110,6 @@ def kept(before: attention.Cache, after: attention.Cache, taken_B, T: int) -> at
         last_step=before.last_step + taken_B,
         last_index=before.last_index + taken_B,
     )
-
-
-def write(x, new, at_B):
-    """x [B,S,...] with new [B,n,...] from each row's own place on."""
-    return jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=0))(x, new, at_B)
 
 
 def fold(keys_B, number):

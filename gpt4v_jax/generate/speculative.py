@@ -19,7 +19,7 @@ from gpt4v_jax.data import chat
 from gpt4v_jax.generate import decode as plain
 from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.generate import sample
-from gpt4v_jax.generate.draft import Law, Lookup, fold, kept, look_up, propose, write
+from gpt4v_jax.generate.draft import Law, Lookup, fold, kept, look_up, propose
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
 from gpt4v_jax.training.workdir import Trained
@@ -190,5 +190,5 @@ def _append(state: State, tokens_Bn, count, limit, end):
     over = ends.any(axis=1)
     count = jnp.where(over, jnp.argmax(ends, axis=1) + 1, count)
     length = state.length + count
-    text = write(state.text, tokens_Bn, state.length)
+    text = attention.entered(state.text, tokens_Bn, state.length)
     return state.replace(text=text, length=length, done=state.done | over | (length >= limit)), count

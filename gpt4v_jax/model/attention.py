@@ -22,8 +22,8 @@ MASKED = -1e30
 class Cache:
     """What decoding remembers: per layer k (after rope) and v, and what the mask law needs of every slot.
 
-    All rows share one cursor; a row's unused slots have document 0, which no query sees, so prompts of different
-    lengths need no shifting. `next_position` is one more than the largest position so far.
+    All rows share one cursor, or have one each; a row's unused slots have document 0, which no query sees, so prompts
+    of different lengths need no shifting. `next_position` is one more than the largest position so far.
     """
 
     k: tuple[jax.Array, ...]  # depth x [B,S,K,H]
@@ -31,7 +31,7 @@ class Cache:
     document: jax.Array  # [B,S] int32
     step: jax.Array  # [B,S] int32
     index: jax.Array  # [B,S] int32
-    cursor: jax.Array  # [] int32: slots used
+    cursor: jax.Array  # [] int32: slots used; [B]: by each row
     next_position: jax.Array  # [B,A] int32
     last_step: jax.Array  # [B] int32
     last_index: jax.Array  # [B] int32
@@ -51,6 +51,13 @@ def empty_cache(model: config.Backbone, rows: int, slots: int, axes: int = 1) ->
     return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), position, row, row, memory, (none, none, none))
 
 
+def entered(x, new, cursor):
+    """-> x [B,S,...] with new [B,T,...] from the cursor, [] or [B], on."""
+    if jnp.ndim(cursor):
+        return jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=0))(x, new, cursor)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, cursor, axis=1)
+
+
 def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, Cache]:
     """Enters a batch's positions: -> (its steps [B,T], its indices [B,T], the cache with all but k and v moved on).
 
@@ -62,11 +69,10 @@ def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, 
     last = jnp.max(jnp.where(real, step, cache.last_step[:, None]), axis=1)
     # Over three axes text goes on behind the largest of all of them, which a count of positions would miss.
     seen = jnp.max(jnp.where(real, batch.position.max(-1) + 1, cache.next_position[:, :1]), axis=1)
-    at = (0, cache.cursor)
     return step, index, cache.replace(
-        document=jax.lax.dynamic_update_slice(cache.document, batch.document, at),
-        step=jax.lax.dynamic_update_slice(cache.step, step, at),
-        index=jax.lax.dynamic_update_slice(cache.index, index, at),
+        document=entered(cache.document, batch.document, cache.cursor),
+        step=entered(cache.step, step, cache.cursor),
+        index=entered(cache.index, index, cache.cursor),
         cursor=cache.cursor + batch.tokens.shape[1],
         next_position=jnp.broadcast_to(seen[:, None], cache.next_position.shape),
         last_step=last,

@@ -71,8 +71,7 @@ class Attention(nn.Module):
         if kv is not None:
             fresh = [x.astype(old.dtype) for x, old in zip((k, v), kv, strict=True)]
             if memory_BSD is None:
-                at = (0, sight.cursor, 0, 0)
-                k, v = (jax.lax.dynamic_update_slice(old, x, at) for x, old in zip(fresh, kv, strict=True))
+                k, v = (attention.entered(old, x, sight.cursor) for x, old in zip(fresh, kv, strict=True))
             else:
                 k, v = (jnp.concatenate(pair, axis=1) for pair in zip(kv, fresh, strict=True))
         q = jnp.broadcast_to(q, (*sight.q_step.shape, *q.shape[2:]))

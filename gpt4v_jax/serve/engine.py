@@ -1,56 +1,320 @@
-"""Continuous batching: requests share the rows of one static cache, each for as long as it lasts."""
+"""Continuous batching (Yu et al. 2022, Orca): requests share the rows of one cache, each for as long as it lasts.
 
-import queue
+One thread owns the device. Each turn of it reads one chunk of the next prompt, and one token for every row in use. How
+many rows are in use changes neither shapes nor programs: an answer does not depend on who else is there.
+"""
+
+import collections
+import itertools
+import logging
+import math
 import threading
+import time
+from collections.abc import Iterator
 
-from gpt4v_jax.generate import decode
-from gpt4v_jax.serve.requests import Busy, Delta, Request, Tell
+import jax
+import numpy as np
+
+from gpt4v_jax import config
+from gpt4v_jax.data.transforms import BadMedium
+from gpt4v_jax.generate import constrain, decode, prompts, sample, score
+from gpt4v_jax.serve import prefix
+from gpt4v_jax.serve import slots as slots_lib
+from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
 from gpt4v_jax.training.workdir import Trained
+
+DRAWN = sample.Sampling(1.0)
+LEAST = 128  # slots of the cache's rows; twice as many, and again, where a request needs them
+
+log = logging.getLogger(__name__)
 
 
 class Ticket:
-    """A request in the engine."""
+    """A request in the engine, and what is known of its answer."""
 
-    def __init__(self, request: Request, tell: Tell):
-        self.request, self.tell, self.gone = request, tell, threading.Event()
+    def __init__(self, request: Request, tell: Tell, room: int, matcher: constrain.Matcher | None, wake):
+        self.request, self.tell, self.room, self.matcher, self._wake = request, tell, room, matcher, wake
+        self.began = time.monotonic()
+        self.gone = False
+        self.tokens: list[int] = []  # of the answer
+        self.sent = 0  # characters that were told
+        self.cached = 0
 
     def cancel(self) -> None:
-        """Frees its slot at the next token. The last Delta says "cancelled"."""
-        self.gone.set()
+        """Ends it at the next token, frees its row; the last Delta says "cancelled". From any thread, at any time."""
+        self.gone = True
+        self._wake()
+
+    def over(self, now: float) -> str | None:
+        """-> Delta.finish of a request that must not go on."""
+        if self.gone:
+            return "cancelled"
+        late = self.request.seconds is not None and now - self.began > self.request.seconds
+        return "timeout" if late else None
 
 
 class Engine:
-    """One thread that owns the model. Thread-safe."""
+    """Thread-safe. Answers are those of decode.generate with the same seeds."""
 
-    def __init__(self, trained: Trained, slots: int = 8, queued: int = 64):
-        """slots: requests decoded at a time; queued: requests that may wait. Both 1 or more."""
-        self.trained = trained
-        self._waiting: queue.Queue[Ticket | None] = queue.Queue(queued)
+    def __init__(self, trained: Trained, slots: int = 8, queued: int = 64, prefix_bytes: int = 512 << 20):
+        """slots: requests decoded at a time; queued: requests that may wait; prefix_bytes: what is remembered of
+        prompts. Raises InputError for a model that generates no text."""
+        config.at_least(1, slots=slots, queued=queued)
+        if not trained.run.model.causal:
+            raise config.InputError("this model's stream is bidirectional: it fills in masked tokens, nothing more")
+        self.trained, self.rows, self.queued = trained, slots, queued
+        # A chunk is padded by less than BUCKET; whole buckets, so that few sizes come about.
+        self.longest = decode.rounded(trained.layout.context, decode.BUCKET) + decode.BUCKET
+        self.prefixes = prefix.Prefixes(prefix_bytes)
+        self.counts = collections.Counter()  # of what has ended, by finish; tokens; prompt_tokens; steps; chunks
+        self._waiting: dict[str, collections.deque[Ticket]] = {}  # by user, whose turn it is first
+        self._live: list[Ticket | None] = [None] * slots
+        self._filling: tuple[Ticket, Iterator] | None = None
+        self._lock = threading.Condition()
+        self._closing: float | None = None  # when what runs is cut
+        self._state, self._rules_of, self._rules = None, None, {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    # ---- from other threads
+
     def submit(self, request: Request, tell: Tell) -> Ticket:
-        """Queues a request; `tell` gets its Deltas, the last one has `finish`. Raises InputError for a prompt that the
-        model cannot read, Busy where too many wait."""
-        ticket = Ticket(request, tell)
-        try:
-            self._waiting.put_nowait(ticket)
-        except queue.Full:
-            raise Busy("too many requests wait: try again later", 1.0) from None
+        """Queues a request -> its Ticket; `tell` gets its Deltas, the last one has `finish`.
+
+        Raises InputError for what the model cannot read or its vocabulary does not have, Busy where too many wait.
+        """
+        decode.check(self.trained, [request.prompt])
+        config.at_least(0 if request.echo else 1, max_new_tokens=request.max_new_tokens)
+        if request.sampling.guidance_scale != 1:
+            raise config.InputError("guidance_scale needs a second prompt, which a request has not: leave it out")
+        if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
+            raise config.InputError(f"logprobs={request.logprobs} must be from 0 to {MOST_LOGPROBS}")
+        slots_lib.rules_of([request.sampling], self.trained.run.model.vocab)
+        room = min(request.max_new_tokens, self.trained.layout.context - len(request.prompt))
+        matcher = None
+        if request.grammar:
+            continues = not self.trained.chats and not request.prompt.source
+            matcher = constrain.Matcher(request.grammar, self.trained.tokenizer, continues)
+        with self._lock:
+            if self._closing is not None:
+                raise Busy("the server is closing: try again later", 5.0)
+            if self.waiting >= self.queued:
+                raise Busy(f"{self.waiting} requests wait already: try again later", self._patience())
+            ticket = Ticket(request, tell, room, matcher, self._wake)
+            self._waiting.setdefault(request.user, collections.deque()).append(ticket)
+            self._lock.notify()
         return ticket
 
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    @property
+    def running(self) -> int:
+        return sum(ticket is not None for ticket in self._live) + (self._filling is not None)
+
     def stats(self) -> dict[str, float]:
-        """-> what /metrics tells: running, waiting, slots and the like."""
-        return {"waiting": self._waiting.qsize()}
+        """-> what is to be watched: gauges by name, and counts that only grow, which end in _total."""
+        ended = {f"finish_{name}_total": n for name, n in self.counts.items() if not name.endswith("_total")}
+        counts = {name: n for name, n in self.counts.items() if name.endswith("_total")}
+        gauges = {"waiting": self.waiting, "running": self.running, "slots": self.rows}
+        of = self.prefixes
+        known = {"prefix_bytes": of.bytes, "prefix_positions_total": of.asked, "prefix_hits_total": of.hits}
+        return gauges | known | counts | ended
 
     def close(self, seconds: float = 10.0) -> None:
-        """Takes no more, ends what runs (at the latest after `seconds`), and returns."""
-        self._waiting.put(None)
-        self._thread.join(seconds)
+        """Takes no more requests, ends those that wait, lets those that run go on for so long, and returns."""
+        with self._lock:
+            self._closing = time.monotonic() + seconds
+            self._lock.notify()
+        self._thread.join(seconds + 5)
 
-    def _run(self) -> None:  # a stand-in, one request at a time
-        while (ticket := self._waiting.get()) is not None:
-            r = ticket.request
-            answer = decode.generate(self.trained, [r.prompt], r.read, r.max_new_tokens, r.sampling, [r.seed], r.stop,
-                                     grammar=r.grammar, logprobs=r.logprobs)[0]  # fmt: skip
-            ticket.tell(Delta(answer.text, answer.tokens, answer.logprobs, answer.top, answer.finish))
+    def warm(self) -> Iterator[str]:
+        """Compiles what texts will need, before there are any: yields what it compiles."""
+        prompt = prompts.plain([0])
+        for number, size in enumerate(self._sizes()):
+            sampling = DRAWN if number else decode.GREEDY
+            yield f"decoding with {size} slots"
+            begun, room = threading.Event(), min(size, self.trained.layout.context) - len(prompt)
+            ticket = self.submit(Request(prompt, None, room, sampling), lambda delta, begun=begun: begun.set())
+            begun.wait()
+            ticket.cancel()
+
+    # ---- the thread
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._lock.notify()
+
+    def _patience(self) -> float:
+        """-> seconds after which there may be room."""
+        return min(1.0 + self.waiting / self.rows, 30.0)
+
+    def _run(self) -> None:
+        jax.set_mesh(self.trained.mesh)  # a thread has its own
+        while True:
+            with self._lock:
+                while not (self._waiting or self._filling or any(self._live) or self._closing is not None):
+                    self._lock.wait()
+                if self._closing is not None:
+                    self._drop_waiting("cancelled")
+                    if time.monotonic() > self._closing or not (self._filling or any(self._live)):
+                        break
+            try:
+                self._turn()
+            except Exception:  # what one request has done must not end the others' for good
+                log.exception("the engine's turn failed: all that ran is ended")
+                self._end_all("error", "the server failed; try again")
+                self._state = None
+        self._end_all("cancelled")
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        self._end_overdue(now)
+        if self._filling is None and None in self._live:
+            self._begin_next()
+        if self._filling is not None:
+            self._fill()
+        if any(self._live):
+            self._step()
+
+    def _end_overdue(self, now: float) -> None:
+        for row, ticket in enumerate(self._live):
+            if ticket and (why := ticket.over(now)):
+                self._live[row] = None
+                self._end(ticket, why)
+        if self._filling and (why := self._filling[0].over(now)):
+            ticket, self._filling = self._filling[0], None
+            self._end(ticket, why)
+        with self._lock:
+            over = [t for queue in self._waiting.values() for t in queue if t.over(now)]
+            self._waiting = {user: left for user, queue in self._waiting.items()
+                             if (left := collections.deque(t for t in queue if t not in over))}  # fmt: skip
+        for ticket in over:
+            self._end(ticket, ticket.over(now))
+
+    def _begin_next(self) -> None:
+        """Users take turns, each user's requests in their order."""
+        with self._lock:
+            if not self._waiting:
+                return
+            user = next(iter(self._waiting))
+            queue = self._waiting.pop(user)
+            ticket = queue.popleft()
+            if queue:
+                self._waiting[user] = queue  # behind the others
+        r = ticket.request
+        self.counts["prompt_tokens_total"] += len(r.prompt) + len(r.prompt.source)
+        if r.echo:
+            nats, top = score.prompt(self.trained, r.prompt, r.read, r.logprobs or 0)
+            self._tell(ticket, Delta(prompt_logprobs=nats, prompt_top=top))
+        if not ticket.room:
+            return self._end(ticket, "length")
+        self._filling = ticket, prefix.filled(self.trained, r.prompt, r.read, self.longest, self.prefixes)
+
+    def _fill(self) -> None:
+        ticket, chunks = self._filling
+        try:
+            logits, cache, ticket.cached = next(chunks)
+        except (config.InputError, BadMedium) as error:
+            self._filling = None
+            return self._end(ticket, "unreadable" if isinstance(error, BadMedium) else "error", str(error))
+        self.counts["chunks_total"] += 1
+        if logits is not None:
+            self._filling = None
+            self._admit(ticket, logits, cache)
+
+    def _admit(self, ticket: Ticket, logits, cache) -> None:
+        row, prompt = self._live.index(None), ticket.request.prompt
+        need = max(len(t.request.prompt) + t.room for t in (*self._live, ticket) if t)
+        memory = cache.memory_parts[0].shape[1]
+        state = self._state or slots_lib.empty(self.trained.model, self.rows, LEAST, self.longest)
+        had = state.cache.memory_parts[0].shape[1] if any(self._live) else 0
+        memory = max(had, 2 ** math.ceil(math.log2(memory)) if memory else 0)
+        size = next(size for size in self._sizes() if size >= need)
+        if (size, memory) != (state.cache.document.shape[1], state.cache.memory_parts[0].shape[1]):
+            state = slots_lib.resized(state, size, memory)
+        tokens = np.zeros(self.longest, np.int32)
+        tokens[: len(prompt)] = prompt.tokens
+        key = jax.random.key(ticket.request.seed % 2**32)
+        self._state = slots_lib.admit(state, row, logits, cache, tokens, len(prompt), key)
+        self._live[row] = ticket
+
+    def _sizes(self) -> Iterator[int]:
+        """-> how many slots rows may have."""
+        sizes = itertools.takewhile(lambda n: n < self.longest, (LEAST * 2**k for k in itertools.count()))
+        return itertools.chain(sizes, [self.longest])
+
+    def _step(self) -> None:
+        """The next token of every row. The device computes on while the texts are looked at here."""
+        live, trained = [t for t in self._live if t], self.trained
+        vocab = trained.run.model.vocab
+        samplings = tuple(t.request.sampling if t else decode.GREEDY for t in self._live)
+        if samplings != self._rules_of:
+            self._rules_of, self._rules = samplings, slots_lib.rules_of(samplings, vocab)
+        allowed = None
+        if any(t.matcher for t in live):
+            allowed = constrain.masks([t.matcher if t else None for t in self._live], vocab)
+        most = MOST_LOGPROBS if any(t.request.logprobs is not None for t in live) else None
+        told = slots_lib.choose(self._state, self._rules, allowed, trained.tokenizer.ends, most)
+        self._state = slots_lib.advance(trained.model, trained.params, self._state, told.tokens)
+        told = jax.tree.map(np.asarray, told)
+        self.counts["steps_total"] += 1
+        for row, ticket in enumerate(self._live):
+            if ticket and self._told(ticket, jax.tree.map(lambda x, row=row: x[row], told)):
+                self._live[row] = None
+
+    def _told(self, ticket: Ticket, told: decode.Told) -> bool:
+        """Tells what is new of an answer -> whether it has ended."""
+        r, token = ticket.request, int(told.tokens)
+        ticket.tokens.append(token)
+        complete = False
+        if ticket.matcher and token >= 0:
+            ticket.matcher.advance(token)
+            complete = ticket.matcher.finished
+        text, n, finish = decode.ended(self.trained, r.prompt, ticket.tokens, ticket.room, r.stop, complete)
+        safe = text if finish else text[: len(text) - _unsure(text, r.stop)]
+        new, ticket.sent = safe[ticket.sent :], max(ticket.sent, len(safe))
+        more = {}
+        if n == len(ticket.tokens):  # else it is the one that ends the answer
+            more["tokens"] = (token,)
+            self.counts["tokens_total"] += 1
+            if r.logprobs is not None:
+                top = decode.pairs(told.top[None, : r.logprobs], told.top_logprobs[None, : r.logprobs])
+                more |= {"logprobs": (float(told.logprobs),), "top": top}
+        if new or more or finish:
+            self._tell(ticket, Delta(new, finish=finish, cached=ticket.cached, **more))
+        if finish:
+            self.counts[finish] += 1
+        return finish is not None
+
+    # ---- ends
+
+    def _end(self, ticket: Ticket, finish: str, error: str = "") -> None:
+        self.counts[finish] += 1
+        self._tell(ticket, Delta(finish=finish, error=error, cached=ticket.cached))
+
+    def _tell(self, ticket: Ticket, delta: Delta) -> None:
+        try:
+            ticket.tell(delta)
+        except Exception:  # who asked is gone
+            log.exception("nobody takes an answer: it is cancelled")
+            ticket.gone = True
+
+    def _drop_waiting(self, finish: str) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for ticket in itertools.chain.from_iterable(waiting.values()):
+            self._end(ticket, finish)
+
+    def _end_all(self, finish: str, error: str = "") -> None:
+        running = [t for t in self._live if t] + ([self._filling[0]] if self._filling else [])
+        self._live, self._filling = [None] * self.rows, None
+        for ticket in running:
+            self._end(ticket, finish, error)
+
+
+def _unsure(text: str, stop: tuple[str, ...]) -> int:
+    """-> how many of a text's last characters may yet change, or begin a stop string."""
+    broken = len(text) - len(text.rstrip("\ufffd"))  # bytes of a character that is not complete
+    begun = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+    return max(broken, max(begun, default=0))

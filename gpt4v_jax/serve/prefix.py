@@ -1,0 +1,173 @@
+"""Prompts in chunks, and what is remembered of chunks that were read before.
+
+A prompt is always read in the same chunks, whether the first of them are remembered or not, and each is computed with
+the same shapes from the same values: so an answer is the same to the bit with the cache and without it.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax.data import chat, packing
+from gpt4v_jax.generate import decode, prompts
+from gpt4v_jax.model import attention
+from gpt4v_jax.model.gpt4v import GPT4V
+from gpt4v_jax.training.workdir import Trained
+
+CHUNK = 64  # positions, or more where a block is longer; the other requests wait for one chunk at a time
+SHARES = 4  # patches of media whose size differs are padded to such a share of the largest, so that few shapes compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Positions start to stop of a prompt, as a row of a batch."""
+
+    batch: batch_lib.Batch  # [1,T]; T is stop - start, rounded up
+    layout: batch_lib.Layout
+    start: int
+    stop: int
+    key: bytes  # of all that the prompt has up to `stop`
+
+
+def cuts(document: chat.Document, layout: batch_lib.Layout) -> list[int]:
+    """-> where its chunks end: where a block ends, behind each medium and at the latest CHUNK positions on."""
+    if document.source:
+        return [len(document)]  # its encoder reads all of the prompt at once
+    behind = {first + layout.count(m.modality, m.shape) for first, m in document.media}
+    found, start = [], 0
+    for t in range(1, len(document)):
+        if document.ar[t] and (t in behind or t - start >= CHUNK):
+            found.append(t)
+            start = t
+    return [*found, len(document)]
+
+
+def chunks(document: chat.Document, read: prompts.Read | None, layout: batch_lib.Layout) -> Iterator[Chunk]:
+    """-> its chunks. Keys cover the tokens, what opens a step, and the media as the model sees them: modality, shape
+    and the values and places of their patches, in which the file's bytes and the processing are."""
+    position, digest, start = packing.positions(len(document), document.media, layout), hashlib.sha256(), 0
+    for stop in cuts(document, layout):
+        media = tuple((first - start, m) for first, m in document.media if document.source or start <= first < stop)
+        part = dataclasses.replace(document, media=media, **{
+            name: getattr(document, name)[start:stop] for name in ("tokens", "target", "weight", "ar")
+        })  # fmt: skip
+        digest.update(repr((part.tokens.tolist(), part.ar.tolist(), document.source, document.source_at)).encode())
+        views = {m.key: read(m) for _, m in media}
+        for first, m in media:
+            digest.update(repr((first, m.modality, m.shape)).encode())
+            for values, index in views[m.key]:
+                digest.update(repr((values.dtype, values.shape)).encode())
+                digest.update(np.ascontiguousarray(values).tobytes())
+                digest.update(np.ascontiguousarray(index).tobytes())
+        chunk_layout = _layout(part, layout)
+        row = packing.fill([part], lambda m, views=views: views[m.key], chunk_layout)
+        if not document.source:
+            row.position[: stop - start] = position[start:stop]
+        yield Chunk(packing.stack([row]), chunk_layout, start, stop, digest.digest())
+        start = stop
+
+
+def _layout(part: chat.Document, layout: batch_lib.Layout) -> batch_lib.Layout:
+    """-> of a row that holds this part of a prompt; only so many different ones that few programs are compiled."""
+    budgets = decode.budgets([part], layout)
+    patches = []
+    for name, items, count in zip(batch_lib.MEDIA, budgets["items"], budgets["patches"], strict=True):
+        largest = len(batch_lib.largest_view(getattr(layout, name))) if items else 1
+        patches.append(min(decode.rounded(count, -(-largest // SHARES)), items * largest))
+    source = min(decode.rounded(max(len(part.source), 1), decode.BUCKET), layout.source)
+    context = decode.rounded(len(part), decode.BUCKET)
+    return dataclasses.replace(layout, context=context, source=source, items=budgets["items"], patches=tuple(patches))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "slots"))
+def empty(model: GPT4V, rows: int, slots: int) -> attention.Cache:
+    """Under jit each of its arrays has a buffer of its own, which can be donated."""
+    return attention.empty_cache(model.config.decoder, rows, slots, model.config.axes)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Cache):
+    """-> (logits [1,V] behind the chunk, the cache with it: its padding is written over by what comes next)."""
+    before, count = cache.cursor, jnp.sum(batch.document > 0)
+    hidden, cache, _ = model.apply({"params": params}, batch, cache)
+    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
+    return model.apply({"params": params}, last, method="logits"), cache.replace(cursor=before + count)
+
+
+IN_SLOTS = ("k", "v", "document", "step", "index")  # of attention.Cache: a value for each slot
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _taken(cache: attention.Cache, start, width: int) -> attention.Cache:
+    """-> what a chunk of so many slots has added, beside what is known of the whole row."""
+
+    def take(x):
+        return jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
+
+    added = {name: jax.tree.map(take, getattr(cache, name)) for name in IN_SLOTS}
+    return jax.tree.map(jnp.copy, cache).replace(**added)  # copies: the cache is donated to what reads the next chunk
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _put(cache: attention.Cache, part: attention.Cache, start) -> attention.Cache:
+    def put(x, new):
+        return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
+
+    whole = {name: jax.tree.map(put, getattr(cache, name), getattr(part, name)) for name in IN_SLOTS}
+    return jax.tree.map(jnp.copy, part).replace(**whole)
+
+
+class Prefixes:
+    """What chunks have left in the cache, the least recently used forgotten first. Not thread-safe."""
+
+    def __init__(self, most_bytes: int):
+        self._known: collections.OrderedDict[bytes, attention.Cache] = collections.OrderedDict()
+        self._most, self.bytes, self.hits, self.asked = most_bytes, 0, 0, 0  # hits, asked: in positions
+
+    def get(self, chunk: Chunk) -> attention.Cache | None:
+        self.asked += chunk.stop - chunk.start
+        part = self._known.get(chunk.key)
+        if part is not None:
+            self._known.move_to_end(chunk.key)
+            self.hits += chunk.stop - chunk.start
+        return part
+
+    def put(self, chunk: Chunk, part: attention.Cache) -> None:
+        size = _bytes(part)
+        if size > self._most or chunk.key in self._known:
+            return
+        self._known[chunk.key] = part
+        self.bytes += size
+        while self.bytes > self._most:
+            self.bytes -= _bytes(self._known.popitem(last=False)[1])
+
+
+def _bytes(part: attention.Cache) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(part))
+
+
+def filled(trained: Trained, document: chat.Document, read: prompts.Read | None, slots: int,
+           prefixes: Prefixes) -> Iterator[tuple[jax.Array | None, attention.Cache, int]]:  # fmt: skip
+    """Reads a prompt, a chunk a step -> (logits [1,V] once all is read, else None; a cache of so many slots; how many
+    positions were remembered). slots: room for the longest prompt and BUCKET more, for a chunk is padded."""
+    cache = empty(trained.model, 1, slots)
+    remembered, all_known = 0, True
+    for chunk in chunks(document, read, trained.layout):
+        last = chunk.stop == len(document)
+        # The last one is always read: the answer begins with its logits.
+        part = prefixes.get(chunk) if all_known and not last else None
+        if part is not None:
+            cache, remembered = _put(cache, part, chunk.start), chunk.stop
+            continue
+        all_known = False
+        logits, cache = read_chunk(trained.model.clone(layout=chunk.layout), trained.params, chunk.batch, cache)
+        if not last:
+            prefixes.put(chunk, _taken(cache, chunk.start, chunk.batch.tokens.shape[1]))
+        yield logits if last else None, cache, remembered
