@@ -38,6 +38,7 @@ _MODERATION = flags.DEFINE_string("moderation", None, "a file that says what req
 _ALLOW_HOSTS = flags.DEFINE_multi_string("allow_hosts", [], "a host from which media may be fetched by https; may be "
                                          "given several times. None: nothing is fetched")  # fmt: skip
 _TRANSCRIBE = flags.DEFINE_string("transcribe", "what is said?", "what /v1/audio/transcriptions asks of a sound")
+_WARM = flags.DEFINE_bool("warm", True, "compile before listening what texts will need; otherwise the first ones wait")
 LEAST_KEY = 16  # characters: shorter ones are guessed
 
 
@@ -69,6 +70,8 @@ def main() -> None:
     for name in ("jax", "absl", "uvicorn.error", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     engine = Engine(trained, _SLOTS.value, _QUEUED.value)
+    for what in engine.warm() if _WARM.value else ():
+        print(f"compiles {what}", flush=True)
     host, port = listening.getsockname()[:2]
     reads = ", ".join(["text", *(name for name in ("image", "video", "audio") if trained.layout.reads(name))])
     print(f"{settings.name}: step {trained.step}, {reads}; http://{f'[{host}]' if ':' in host else host}:{port}/v1",
@@ -123,6 +126,9 @@ class Inline:
         if not head.startswith("data:") or not head.endswith(";base64") or not comma:
             raise config.InputError(f"this server fetches nothing: send the {modality} itself, as a data: URI")
         return self.decode(modality, text)
+
+    def check(self, modality: str, data: bytes, layout) -> None:
+        pass
 
     def decode(self, modality: str, text: str) -> bytes:
         try:

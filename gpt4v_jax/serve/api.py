@@ -40,10 +40,7 @@ def create(trained: Trained, engine, settings: Settings) -> FastAPI:
         from gpt4v_jax.serve import look
 
         async def prompt_of(messages: list[dict]):
-            turns = chat.turns(messages, settings.max_media)
-            here = app.state.server
-            files = await chat.fetched(turns, settings.guard, here.in_thread)
-            return await here.in_thread(chat.prompt, trained, turns, files)
+            return await chat.prompt(app.state.server, chat.turns(messages, settings.max_media))
 
         app.include_router(look.router(trained, prompt_of, most_bytes=settings.max_body))
     return app

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from gpt4v_jax import batch as batch_lib
 from gpt4v_jax.data import chat
 from gpt4v_jax.generate import prompts
 from gpt4v_jax.serve import schema
@@ -22,11 +23,13 @@ PARTS = {  # type -> (the field that holds it, the field's kind, the modality)
 
 
 class Guard(Protocol):
-    """Who reads what clients point at, or refuses to (serve/guards.py). Both raise InputError."""
+    """Who reads what clients send or point at, or refuses to (serve/guards.py). All raise InputError."""
 
     async def read(self, modality: str, url: str) -> bytes: ...
 
     def decode(self, modality: str, text: str) -> bytes: ...
+
+    def check(self, modality: str, data: bytes, layout: batch_lib.Layout) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,8 @@ def texts(turns: Sequence[Turn]) -> str:
     return "\n".join(part for _, parts in turns for part in parts if isinstance(part, str))
 
 
-async def fetched(turns: Sequence[Turn], guard: Guard, in_thread) -> list[tuple[str, bytes]]:
+async def fetched(turns: Sequence[Turn], guard: Guard, layout: batch_lib.Layout,
+                  in_thread) -> list[tuple[str, bytes]]:  # fmt: skip
     """-> (modality, bytes) of each medium, in their order. in_thread(function, *arguments): awaits it."""
     found = []
     for medium in (part for _, parts in turns for part in parts if isinstance(part, Given)):
@@ -93,15 +97,22 @@ async def fetched(turns: Sequence[Turn], guard: Guard, in_thread) -> list[tuple[
                 data = await guard.read(medium.modality, medium.url)
             else:
                 data = await in_thread(guard.decode, medium.modality, medium.data)
+            await in_thread(guard.check, medium.modality, data, layout)
         found.append((medium.modality, data))
     return found
 
 
-def prompt(trained: Trained, turns: Sequence[Turn],
-           files: Sequence[tuple[str, bytes]]) -> tuple[chat.Document, prompts.Read | None]:  # fmt: skip
+def laid(trained: Trained, turns: Sequence[Turn],
+         files: Sequence[tuple[str, bytes]]) -> tuple[chat.Document, prompts.Read | None]:  # fmt: skip
     """-> (the conversation's prompt, what reads its media). Takes as long as media take to be decoded."""
     with schema.naming("messages"):
         media, read = prompts.attach(trained.layout, files) if files else ((), None)
         left = iter(media)
-        laid = [(role, [part if isinstance(part, str) else next(left) for part in parts]) for role, parts in turns]
-        return prompts.conversation(trained, laid), read
+        found = [(role, [part if isinstance(part, str) else next(left) for part in parts]) for role, parts in turns]
+        return prompts.conversation(trained, found), read
+
+
+async def prompt(here, turns: Sequence[Turn]) -> tuple[chat.Document, prompts.Read | None]:
+    """-> `laid` of messages by `turns`, with their media. here: server.Server."""
+    files = await fetched(turns, here.settings.guard, here.trained.layout, here.in_thread)
+    return await here.in_thread(laid, here.trained, turns, files)

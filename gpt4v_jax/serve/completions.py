@@ -9,7 +9,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax.generate import constrain, prompts
+from gpt4v_jax.generate import prompts
 from gpt4v_jax.serve import chat, schema, server, stream
 from gpt4v_jax.serve.errors import ApiError
 from gpt4v_jax.serve.follow import Following
@@ -30,8 +30,7 @@ async def chat_completions(http: Http) -> Response:
 
     async def prepared() -> list[Prompt]:
         await here.check_text(chat.texts(turns))
-        files = await chat.fetched(turns, here.settings.guard, here.in_thread)
-        return [Prompt(*await here.in_thread(chat.prompt, here.trained, turns, files))]
+        return [Prompt(*await chat.prompt(here, turns))]
 
     found = await while_there(http.receive, prepared())
     return await answered(here, http, wish, found, stream.ChatForm, "messages")
@@ -65,12 +64,7 @@ async def answered(here: Server, http: Http, wish: schema.Asked, asked: list[Pro
     with contextlib.ExitStack() as opened:
         answers = opened.enter_context(Following(here, requests))
 
-        async def begun() -> None:
-            await here.in_thread(check_grammar, here.trained, wish.grammar, asked[0])
-            with schema.naming(field):
-                await answers.submit()
-
-        await while_there(http.receive, begun())
+        await while_there(http.receive, answers.submit())
         made = form(here, wish, asked)
         if not wish.stream:
             return Reply(await while_there(http.receive, stream.whole(here, http, made, answers)))
@@ -78,13 +72,6 @@ async def answered(here: Server, http: Http, wish: schema.Asked, asked: list[Pro
         # An answer that fails at once fails with its status, not in the stream.
         first = await while_there(http.receive, anext(chunks))
         return stream.Events(first, chunks, opened.pop_all())
-
-
-def check_grammar(trained: Trained, grammar: constrain.Grammar | None, asked: Prompt) -> None:
-    """Raises ApiError for one that cannot be used: the engine meets it only when the answer's turn has come."""
-    if grammar is not None:
-        with schema.naming("response_format"):
-            constrain.Matcher(grammar, trained.tokenizer, not trained.chats and not asked.document.source)
 
 
 def several(name: str, value: Any) -> list[str | list[int]]:

@@ -14,6 +14,8 @@ log = logging.getLogger("gpt4v_jax.serve")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
          503: "server_error"}  # fmt: skip
 
+LONGEST = 1000  # characters of a message: some quote what was sent
+
 
 class ApiError(Exception):
     """What is answered instead of a result."""
@@ -26,7 +28,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict:
         kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = self.message if len(self.message) <= LONGEST else self.message[:LONGEST] + "..."
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def closing() -> ApiError:

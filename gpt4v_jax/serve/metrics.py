@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -12,7 +12,7 @@ class Metrics:
     """Counters of one server, in a registry of its own."""
 
     def __init__(self, engine):
-        """engine: its stats() are gauges, read when /metrics is."""
+        """engine: its stats() are read when /metrics is."""
         self.registry = CollectorRegistry()
         common = {"namespace": "gpt4v", "registry": self.registry}
         self.requests = Counter("requests", "requests that were answered", ("path", "status"), **common)
@@ -34,6 +34,8 @@ class _Engine:
     def __init__(self, engine):
         self.engine = engine
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """What only grows has a name that ends in _total."""
         for name, value in self.engine.stats().items():
-            yield GaugeMetricFamily(f"gpt4v_engine_{name}", f"the engine's {name}", value)
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(f"gpt4v_engine_{name.removesuffix('_total')}", f"the engine's {name}", value=value)

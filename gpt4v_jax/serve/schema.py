@@ -195,7 +195,8 @@ def asked(given: dict[str, Any], vocab: int) -> Asked:
     if given.get("best_of", 1) not in (1, given.get("n", 1)):
         raise bad("best_of", given["best_of"], "n or left out: answers are not ranked")
     if "stream_options" in given and not given.get("stream"):
-        raise ApiError("stream_options says something of a stream: set stream to true", "stream_options")
+        raise ApiError("stream_options says something of a stream: set stream to true", "stream_options",
+                       "invalid_value")
     chats = "messages" in given
     limit = given.get("max_completion_tokens", given.get("max_tokens", None if chats else COMPLETION_TOKENS))
     echo = given.get("echo", False)
@@ -272,7 +273,7 @@ class naming:
 
     def __exit__(self, kind, error, trace) -> None:
         if type(error) is config.InputError:
-            raise ApiError(str(error), self.name, self.code) from None
+            raise ApiError(f"{self.name}: {error}", self.name, self.code) from None
 
 
 def requests(wish: Asked, prompt: chat.Document, read: prompts.Read | None, context: int, field: str = "prompt",

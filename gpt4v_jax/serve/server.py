@@ -37,7 +37,7 @@ class Settings:
 
 
 class Server:
-    """engine: serve.engine.Engine, or what has its submit and stats."""
+    """engine: serve.engine.Engine, or what has its submit and its stats."""
 
     def __init__(self, trained: Trained, engine, settings: Settings):
         self.trained, self.engine, self.settings = trained, engine, settings

@@ -12,9 +12,9 @@ from gpt4v_jax.generate import prompts, sample
 from gpt4v_jax.serve import schema, server, stream
 from gpt4v_jax.serve.errors import ApiError, shown
 from gpt4v_jax.serve.follow import Following
+from gpt4v_jax.serve.server import Server
 from gpt4v_jax.serve.stream import Prompt
 from gpt4v_jax.serve.wire import Reply, while_there
-from gpt4v_jax.training.workdir import Trained
 
 FIELDS = {"model": schema.text, "prompt": schema.text, "response_format": schema.one_of("json", "text"),
           "temperature": schema.text, "language": schema.text, "stream": schema.one_of("false")}  # fmt: skip
@@ -44,10 +44,10 @@ async def transcriptions(http: Http) -> Response:
 
     async def heard() -> dict:
         await here.check_text(text, "prompt")
-        asked = await here.in_thread(question, here.trained, text, sound)
+        asked = await here.in_thread(question, here, text, sound)
         requests = schema.requests(wish, asked.document, asked.read, here.trained.layout.context, "file",
                                    user=http.state.user, seconds=here.settings.seconds)  # fmt: skip
-        with Following(here, requests) as answers, schema.naming("file"):
+        with Following(here, requests) as answers:
             await answers.submit()
             return await stream.whole(here, http, stream.Form(here, wish, [asked]), answers)
 
@@ -73,7 +73,8 @@ def temperature(value: str) -> float:
     return schema.number(0, 1)("temperature", number)
 
 
-def question(trained: Trained, text: str, sound: bytes) -> Prompt:
-    with schema.naming("file"):
-        media, read = prompts.attach(trained.layout, [("audio", sound)])
-        return Prompt(prompts.prompt(trained, text, media), read, text)
+def question(here: Server, text: str, sound: bytes) -> Prompt:
+    with schema.naming("file", "invalid_medium"):
+        here.settings.guard.check("audio", sound, here.trained.layout)
+        media, read = prompts.attach(here.trained.layout, [("audio", sound)])
+        return Prompt(prompts.prompt(here.trained, text, media), read, text)

@@ -31,8 +31,7 @@ async def tokenize(http: Http) -> Response:
 async def _ids(here: Server, given: dict[str, Any]) -> list[int]:
     if "messages" in given:
         turns = chat.turns(given["messages"], here.settings.max_media)
-        files = await chat.fetched(turns, here.settings.guard, here.in_thread)
-        return (await here.in_thread(chat.prompt, here.trained, turns, files))[0].tokens.tolist()
+        return (await chat.prompt(here, turns))[0].tokens.tolist()
     tokenizer = here.trained.tokenizer
     with schema.naming("prompt"):
         return await here.in_thread(

@@ -1,14 +1,27 @@
-"""An engine that says what a test tells it to, token by token, from a thread of its own; and a server around it."""
+"""A random model of bytes, an engine that says what a test tells it to, and a server around both."""
 
+import base64
+import dataclasses
+import functools
+import io
+import json
 import threading
 
+import numpy as np
 from fastapi.testclient import TestClient
+from PIL import Image
 
+from gpt4v_jax import batch as batch_lib
+from gpt4v_jax import config, sharding
+from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.serve import api
 from gpt4v_jax.serve.__main__ import Inline
 from gpt4v_jax.serve.requests import Delta, Request
 from gpt4v_jax.serve.server import Settings
+from gpt4v_jax.training.workdir import Trained
+from tests import tiny
 
+CONTEXT = 128
 SAYS = "red 7"
 
 
@@ -66,7 +79,7 @@ class FakeEngine:
         tell(Delta(finish="cancelled" if ticket.gone.is_set() else finish, error="the reason", **told))
 
     def stats(self) -> dict[str, float]:
-        return {"running": 1.0}
+        return {"running": 1.0, "steps_total": 4.0}
 
 
 class Filter:
@@ -88,6 +101,51 @@ def settled(text: str) -> int:
     return text.rfind(" ") + 1
 
 
-def client(trained, engine, **settings) -> TestClient:
-    app = api.create(trained, engine, Settings("tiny", Inline(), **settings))
-    return TestClient(app, raise_server_exceptions=False)
+@functools.cache
+def trained(chats: bool = True, context: int = CONTEXT, **model) -> Trained:
+    """A random model of bytes that reads pictures, clips and sounds."""
+    tokenizer = tokenizer_lib.train("byte", [], 0)
+    made = dataclasses.replace(tiny.make_config(context=context, media=True, **model), vocab=tokenizer.vocab)
+    module, params = tiny.make_model(made)
+    run = config.Config(model=made, data=dataclasses.replace(tiny.DATA, name="tiny"))
+    layout = batch_lib.layout(made, run.data)
+    mesh = sharding.make_mesh(config.Mesh())
+    return Trained(run, layout, tokenizer, mesh, module, params, 7, () if chats else ("tiny",))
+
+
+def app(engine=None, model: Trained | None = None, **settings):
+    model = model or trained()
+    return api.create(model, engine or FakeEngine(model.tokenizer), Settings("tiny", Inline(), **settings))
+
+
+def client(engine=None, model: Trained | None = None, **settings) -> TestClient:
+    return TestClient(app(engine, model, **settings), raise_server_exceptions=False)
+
+
+def png(seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+    return file.getvalue()
+
+
+def uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def shown(text: str, *pictures: bytes) -> dict:
+    """-> the user's message."""
+    parts = [{"type": "image_url", "image_url": {"url": uri(data)}} for data in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def say(text: str = "hi", **more) -> dict:
+    """-> a chat completion's body."""
+    return {"model": "tiny", "messages": [{"role": "user", "content": text}]} | more
+
+
+def events(text: str) -> list:
+    """-> the JSON of each event of a stream; "[DONE]" last."""
+    lines = text.split("\n\n")
+    assert lines.pop() == "" and all(line.startswith("data: ") for line in lines)
+    found = [line.removeprefix("data: ") for line in lines]
+    return [*map(json.loads, found[:-1]), found[-1]]
