@@ -20,16 +20,16 @@ LONGEST = 1000  # characters of a message: some quote what was sent
 class ApiError(Exception):
     """What is answered instead of a result."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400,
+    def __init__(self, message: str, field: str | None = None, code: str | None = None, status: int = 400,
                  headers: dict[str, str] | None = None):  # fmt: skip
         super().__init__(message)
-        self.message, self.param, self.code, self.status, self.headers = message, param, code, status, headers or {}
+        self.message, self.field, self.code, self.status, self.headers = message, field, code, status, headers or {}
 
     @property
     def body(self) -> dict:
         kind = TYPES.get(self.status, "invalid_request_error")
         message = self.message if len(self.message) <= LONGEST else self.message[:LONGEST] + "..."
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": message, "type": kind, "param": self.field, "code": self.code}}
 
 
 def closing() -> ApiError:

@@ -281,7 +281,7 @@ def requests(wish: Asked, prompt: chat.Document, read: prompts.Read | None, cont
     """-> the n Requests of a prompt, which came by `field`; more: Request's other fields. Raises ApiError where it
     leaves no room."""
     room = context - len(prompt)
-    make = functools.partial(ApiError, param=field, code="context_length_exceeded")
+    make = functools.partial(ApiError, field=field, code="context_length_exceeded")
     if room < 1:
         raise make(f"the prompt has {len(prompt)} positions (media included), the model's context is {context}: "
                    f"shorten it to at most {context - 1}")

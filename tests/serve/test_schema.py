@@ -57,7 +57,7 @@ def asked(kinds=schema.CHAT, **fields) -> schema.Asked:
 def test_refused(fields, param):
     with pytest.raises(ApiError) as error:
         asked(**fields)
-    assert error.value.param == param and error.value.status == 400
+    assert error.value.field == param and error.value.status == 400
     assert param in error.value.message
     json.dumps(error.value.body, allow_nan=False)
 
@@ -69,7 +69,7 @@ def test_refused(fields, param):
 def test_refused_of_completions(fields, param):
     with pytest.raises(ApiError) as error:
         asked(schema.COMPLETION, **fields)
-    assert error.value.param == param
+    assert error.value.field == param
 
 
 def test_an_unknown_field_names_the_nearest():
@@ -129,5 +129,5 @@ def test_requests_fit_into_the_context():
     for fields, numbers in (({"max_tokens": 13}, ("20", "13", "33", "32")), ({}, ("32", "31"))):
         with pytest.raises(ApiError) as error:
             schema.requests(asked(**fields), prompts.plain([10] * (20 if fields else 32)), None, 32, "messages")
-        assert error.value.code == "context_length_exceeded" and error.value.param == "messages"
+        assert error.value.code == "context_length_exceeded" and error.value.field == "messages"
         assert all(number in error.value.message for number in numbers)
