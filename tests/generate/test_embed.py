@@ -1,6 +1,7 @@
 """Texts as vectors: the mean of the hidden states, or what training with pairs makes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,15 @@ def make(**model) -> Trained:
 IDS = [[9, 10, 11], [12] * 40, [13], list(range(7, 30)), *[[k, k + 1] for k in range(7, 18)]]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_of(model, params, batch):
+    return model.apply({"params": params}, batch)[0]
+
+
 def mean(trained: Trained, ids: list[int]) -> np.ndarray:
     """By hand: all of the context, one text alone."""
     row = packing.fill([embed.document(trained, ids)], None, trained.layout)
-    hidden = jax.jit(trained.model.apply)({"params": trained.params}, packing.stack([row]))[0]
+    hidden = hidden_of(trained.model, trained.params, packing.stack([row]))
     vector = np.asarray(hidden[0, : len(ids)], np.float64).mean(axis=0)
     return vector / np.linalg.norm(vector)
 
