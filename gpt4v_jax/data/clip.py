@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import re
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,14 @@ from gpt4v_jax.data.transforms import PIXEL_LIMIT, BadMedium
 
 FRAME_LIMIT = 5000  # frames of a clip
 BYTE_LIMIT = 2**31  # of RGB that one call gives
+GROWTH = 4  # so many times the pixels of its header a frame may have
+SMALL = 2**18  # pixels that any frame may have
+BOXES = tuple(b"ftyp styp moov moof mdat free skip wide pnot uuid udta sidx prfl".split())  # that open an MP4
+TABLES = re.compile(b"trun|stsz|stz2|cmov")  # cmov: a header that is compressed, 1000 to 1 if need be
+FORMATS = (  # FFmpeg's names of the kinds of file that are read
+    "matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,av1,flv,asf,gif,apng,mxf,dv,ogg,wav,w64,mp3,flac,aac,"
+    "ac3,eac3,amr,amrnb,amrwb,aiff,au,caf,ape,wv,tta,mpc,mpc8"
+)
 
 
 class Probe(NamedTuple):
@@ -22,27 +32,28 @@ class Probe(NamedTuple):
     width: int
 
 
-def probe(data: bytes, limit: int = FRAME_LIMIT) -> Probe:
-    """An encoded clip -> Probe. Packets are counted, as a header's count may lie or be absent; one frame is decoded.
+def probe(data: bytes, limit: int = FRAME_LIMIT, pixels: int = PIXEL_LIMIT) -> Probe:
+    """An encoded clip of at most `limit` frames of at most so many `pixels` -> Probe.
 
-    The one frame says what no header does for certain: that it can be decoded, its size, and which way is up.
+    Packets are counted, as a header's count may lie or be absent; one frame is decoded. The one frame says what no
+    header does for certain: that it can be decoded, its size, and which way is up.
     """
-    with opened(data) as container:
-        stream, frames, first = moving(container), 0, None
+    with opened(data, pixels) as container:
+        stream, frames, first = moving(container, pixels), 0, None
         stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(PIXEL_LIMIT)}
+        stream.codec_context.options = {"max_pixels": str(pixels)}
         try:
             for packet in container.demux(stream):
                 frames += packet.size > 0  # the last one is empty: it only says that there are no more
+                if frames > limit:  # now, for a small file may have a great many
+                    raise BadMedium(f"more than {limit} frames: cut the clip")
                 if first is None:
                     first = next(iter(packet.decode()), None)
         except container_errors():
             pass  # what follows cannot be read by decode, either
         if first is None:
-            raise BadMedium("a damaged or empty clip: not one frame of it can be decoded")
+            raise BadMedium(f"a damaged or empty clip: not one frame of at most {pixels} pixels can be decoded")
         height, width = turned(first).shape[:2]
-        if frames > limit:
-            raise BadMedium(f"{frames} frames are more than {limit}: cut the clip")
         if stream.duration:
             seconds = stream.duration * stream.time_base
         elif container.duration:
@@ -122,12 +133,13 @@ def turned(frame, shape: tuple[int, ...] | None = None) -> np.ndarray:
 def decoded(container, stream):
     """-> the frames of a stream, in order of presentation, up to its end or to where it is damaged."""
     stream.codec_context.thread_count = 1  # the data pipeline has its own threads
-    stream.codec_context.options = {"max_pixels": str(PIXEL_LIMIT)}
+    pixels = min(PIXEL_LIMIT, max(SMALL, GROWTH * stream.width * stream.height))  # larger ones are damage
+    stream.codec_context.options = {"max_pixels": str(pixels)}
     with contextlib.suppress(*container_errors()):
         yield from container.decode(stream)
 
 
-def moving(container):
+def moving(container, pixels: int = PIXEL_LIMIT):
     """-> the first video stream that is not the cover of an album. Refuses frames of too many pixels."""
     from av.stream import Disposition
 
@@ -135,8 +147,8 @@ def moving(container):
     if not streams:  # codec_context: none where FFmpeg has no decoder for it
         raise BadMedium("not a clip: there is no video stream in it, or of an unknown kind")
     width, height = streams[0].width, streams[0].height
-    if width * height > PIXEL_LIMIT:
-        raise BadMedium(f"frames of {width}x{height} are more than {PIXEL_LIMIT} pixels: make the clip smaller")
+    if width * height > pixels:
+        raise BadMedium(f"frames of {width}x{height} are more than {pixels} pixels: make the clip smaller")
     return streams[0]
 
 
@@ -147,8 +159,38 @@ def container_errors() -> tuple[type[Exception], ...]:
     return av.FFmpegError, ValueError, OverflowError
 
 
+def promised(data: bytes) -> int:
+    """-> how many packets the tables of an MP4 or QuickTime file promise, 0 for others.
+
+    FFmpeg makes an index of them when it opens the file, 35 bytes each, and a table promises up to 2^32 in 20 bytes.
+    Tables are looked for at any depth of the boxes, in `mdat` only where an index of fragments may lead there.
+    """
+    if data[4:8] not in BOXES:
+        return 0
+    at, count, anywhere = 0, 0, re.search(b"sidx|tfra", data)
+    while at + 8 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        if size == 1:  # it is in the next 8 bytes
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        end = min(at + size, len(data)) if size >= 8 else len(data)
+        if name != b"mdat" or anywhere:
+            count += sum(_count(data, found) for found in TABLES.finditer(data, at, end))
+        at = end
+    return count
+
+
+def _count(data: bytes, found: re.Match) -> int:
+    size = int.from_bytes(data[found.start() - 4 : found.start()], "big")
+    if size > 1 and not 8 <= size <= len(data):
+        return 0  # these four letters are something else
+    if found[0] == b"cmov":
+        return 2**32
+    at = found.end() + (8 if size == 1 else 0) + (4 if found[0] == b"trun" else 8)  # version and flags, size of samples
+    return int.from_bytes(data[at : at + 4], "big")
+
+
 @contextlib.contextmanager
-def opened(data: bytes):
+def opened(data: bytes, pixels: int = PIXEL_LIMIT):
     """An encoded clip or sound -> PyAV's container."""
     try:
         import av
@@ -156,9 +198,13 @@ def opened(data: bytes):
         raise config.InputError("clips and sound need the package av: pip install 'gpt4v_jax[media]'") from error
     if not data:
         raise BadMedium("an empty file: neither a clip nor a sound")
+    if promised(data) > len(data):
+        raise BadMedium(f"a damaged clip or sound: {len(data)} bytes, but its header promises more packets than that")
     # max_pixels: a picture, which is a clip to FFmpeg, would else be decoded to see what is in it, however large.
     # protocol_whitelist: a playlist in the data (ffconcat, HLS) must not open other files of this machine.
-    options = {"max_pixels": str(PIXEL_LIMIT), "protocol_whitelist": "none"}
+    # format_whitelist: of FFmpeg's 300 kinds of file most are read by nobody.
+    formats = FORMATS + ",mov" * (data[4:8] in BOXES)  # else `promised` would not know it
+    options = {"max_pixels": str(pixels), "protocol_whitelist": "none", "format_whitelist": formats}
     try:
         container = av.open(io.BytesIO(data), options=options, metadata_errors="ignore")
     except container_errors():  # their text says <none> or names a file of the machine

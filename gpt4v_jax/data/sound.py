@@ -16,7 +16,7 @@ RATE = 16_000  # samples a second
 WINDOW, HOP = 400, 160  # samples: 25 ms, 10 ms
 SECONDS_LIMIT = 600.0
 RATES = 1_000, 200_000  # of files, samples a second; the resampling filter grows with the rate
-BLOCK = 65_536  # samples decoded at a time
+BLOCK = 65_536  # samples decoded at a time, of all channels together
 SPEED = 100, 120  # percent, of augment: a slower voice would lose its last word where the length is planned
 
 
@@ -76,7 +76,7 @@ def by_soundfile(file):
 
     left = file.frames
     try:
-        while left and len(block := file.read(min(left, BLOCK), "float32", always_2d=True)):
+        while left and len(block := file.read(min(left, max(1, BLOCK // file.channels)), "float32", always_2d=True)):
             yield block.mean(axis=1)
             left -= len(block)
     except (soundfile.SoundFileError, ValueError, MemoryError):

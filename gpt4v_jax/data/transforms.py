@@ -13,6 +13,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP")  # Pillow's others start
 PIXEL_LIMIT = 64_000_000  # more are refused before they are decoded
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, and at twice its size hides behind another error
 ORIENTATION = 0x0112  # EXIF
+TILE = 322, 323  # TIFF: width, length
 Turn = Image.Transpose
 UPRIGHT = {  # orientation -> what makes it 1; from 5 on a picture lies on its side
     2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_270,
@@ -38,9 +39,10 @@ def decode_rgb(data: bytes) -> Image.Image:
         return to_rgb(picture.transpose(turn) if turn is not None else picture)
 
 
-def picture_shape(data: bytes) -> tuple[int, int]:
-    """An encoded picture -> (height, width) in pixels of what decode_rgb gives, from the header: nothing is decoded."""
-    with opened(data) as picture:
+def picture_shape(data: bytes, limit: int = PIXEL_LIMIT) -> tuple[int, int]:
+    """An encoded picture -> (height, width) in pixels of what decode_rgb gives, from the header: nothing is decoded.
+    Raises BadMedium, also for more pixels than `limit`."""
+    with opened(data, limit) as picture:
         sideways = False
         if picture.format != "TIFF":  # whose size is upright as soon as it is open
             if picture.format == "PNG":  # whose EXIF may follow the pixels: Pillow would decode them to get there
@@ -50,14 +52,16 @@ def picture_shape(data: bytes) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def opened(data: bytes):
+def opened(data: bytes, limit: int = PIXEL_LIMIT):
     """An encoded picture -> the Pillow picture, not yet decoded. Whatever fails in the block is a BadMedium."""
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.width * picture.height > PIXEL_LIMIT:
-            raise BadMedium(
-                f"{picture.width}x{picture.height} is more than {PIXEL_LIMIT} pixels: make the picture smaller"
-            )
+        sizes = [picture.size]
+        if picture.format == "TIFF":  # a tile is decoded whole, however little of it is the picture
+            sizes.append((picture.tag_v2.get(TILE[0], 1), picture.tag_v2.get(TILE[1], 1)))
+        for width, height in sizes:
+            if width * height > limit:
+                raise BadMedium(f"{width}x{height} is more than {limit} pixels: make the picture smaller")
         yield picture
     except UnidentifiedImageError:  # its own text holds a memory address
         raise BadMedium("not a picture that Pillow can read (PNG, JPEG, GIF, WebP, TIFF, BMP)") from None

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -152,7 +153,7 @@ def test_bad_files_are_named(name, tmp_path, monkeypatch):
 def test_limits(monkeypatch):
     assert len(clip.decode(TEN, limit=10)[0]) == 10
     for function in (clip.probe, clip.decode):
-        with pytest.raises(transforms.BadMedium, match="10 frames are more than 9"):
+        with pytest.raises(transforms.BadMedium, match="more than 9 frames"):
             function(TEN, limit=9)
     with pytest.raises(transforms.BadMedium, match="more than 9 frames"):  # where the packets did not show it
         clip.pick(TEN, np.arange(1), limit=9)
@@ -163,6 +164,47 @@ def test_limits(monkeypatch):
     monkeypatch.setattr(clip, "PIXEL_LIMIT", 16 * 24 - 1)
     with pytest.raises(transforms.BadMedium, match="24x16|not a clip|not one frame"):
         clip.decode(TEN)
+
+
+def promising(name: str, count: int) -> bytes:
+    """An MP4 file of three frames, a table of which says that there are `count`."""
+    data = bytearray(encode(frames_of(3), kind="mp4", codec="png", pixels="rgb24"))
+    if name == "stsz":  # all samples are of one byte
+        at = data.index(b"stsz") + 8
+        data[at : at + 8] = struct.pack(">II", 1, count)
+        return bytes(data)
+    box = struct.pack(">I4sIII", 20, name.encode(), 0, count, 0)
+    return bytes(data) + struct.pack(">I4s", 8 + len(box), b"moof") + box
+
+
+@pytest.mark.parametrize("name", ["stsz", "trun", "cmov"])
+def test_tables_that_promise_more_than_a_file_can_hold(name, monkeypatch):
+    """FFmpeg would take 35 bytes for each: 1 GB for 30 million of them in a file of 655 bytes."""
+    data = promising(name, 30_000_000)
+    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(transforms.BadMedium, match="promises more packets"):
+        clip.probe(data)
+
+
+def test_promised():
+    """Letters among the pixels are no tables, unless an index of fragments may say that they are."""
+    assert clip.promised(promising("trun", 7)) == 3 + 7 and clip.promised(TEN) == 0
+    table = struct.pack(">I4sIII", 20, b"trun", 0, 10**6, 0)
+    plain = promising("free", 0)
+    pixels = struct.pack(">I4s", 8 + len(table), b"mdat") + table
+    assert clip.promised(plain + pixels) == 3
+    assert clip.promised(plain + pixels + struct.pack(">I4sQ", 16, b"sidx", 0)) == 3 + 10**6
+    with pytest.raises(transforms.BadMedium, match="not a clip"):  # FFmpeg looks for boxes on, `promised` does not
+        clip.probe(struct.pack(">I4s", 8, b"abcd") + plain)
+
+
+def test_frames_may_not_grow_without_limit(monkeypatch):
+    """One that is much larger than the first ones is damage: five thousand of them would be decoded."""
+    kind = dict(kind="mpegts", codec="mpeg2video", pixels="yuv420p", fps=25)
+    data = encode(frames_of(10, 64, 64), **kind) + encode(frames_of(10, 512, 512), **kind)
+    assert len(clip.decode(data)[0]) > 15
+    monkeypatch.setattr(clip, "SMALL", 64 * 64)
+    assert 5 < len(clip.decode(data)[0]) < 12
 
 
 def test_a_picture_of_12000_x_12000_takes_no_memory(tmp_path):

@@ -78,6 +78,13 @@ def test_channels_are_averaged(channels):
     np.testing.assert_allclose(decoded(encoded(values, subtype="FLOAT")), values.mean(axis=1), atol=1e-6)
 
 
+def test_many_channels_are_read_in_smaller_pieces(monkeypatch):
+    asked, read = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: asked.append(a[1]) or read(*a, **k))
+    assert len(sound.decode(encoded(np.zeros((70, 1000)), subtype="PCM_U8"))) == 70
+    assert max(asked) * 1000 <= sound.BLOCK
+
+
 @pytest.mark.parametrize("kind, codec", [("mp4", "aac"), ("adts", "aac"), ("matroska", "libopus"), ("mpegts", "mp2")])
 def test_kinds_that_only_ffmpeg_knows(kind, codec):
     rate = 48000 if codec == "libopus" else 44100
@@ -113,6 +120,12 @@ def picture() -> bytes:
     return file.getvalue()
 
 
+def silent_clip() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "gif")
+    return file.getvalue()
+
+
 def holed(value: float) -> np.ndarray:
     values = wave()
     values[100] = value
@@ -132,7 +145,8 @@ FLAC = encoded(np.random.default_rng(0).uniform(-0.5, 0.5, 40000), kind="FLAC")
 BAD = {
     "empty": (b"", "an empty file"),
     "text": (b"this is no sound, none at all" * 9, "not a clip or sound"),
-    "picture": (picture(), "no sound track"),
+    "picture": (picture(), "not a clip or sound"),
+    "clip": (silent_clip(), "no sound track"),
     "header alone": (encoded(wave())[:20], "not a clip or sound|0 samples|damaged"),
     "truncated wav": (encoded(wave())[:9000], "9000 bytes, but its header says 16044"),
     "truncated flac": (FLAC[: len(FLAC) // 2], "damaged sound: the last"),

@@ -35,6 +35,15 @@ def huge(side: int) -> bytes:
     )
 
 
+def one_tile(side: int) -> bytes:
+    """A TIFF file of 1 x 1 pixels in a tile of side x side, which a decoder would have to hold."""
+    pixels = zlib.compress(bytes(side))
+    tags = [(256, 1), (257, 1), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side), (324, 138),
+            (325, len(pixels))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(8) + pixels
+
+
 ADDRESS = re.compile(r"0x[0-9a-f]{6}|object at")  # which Pillow puts into its own messages
 PNG = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 BAD = {
@@ -47,6 +56,7 @@ BAD = {
     "not a number": (encoded(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "tiff"), "not finite"),
     "12000 x 12000": (huge(12000), "12000x12000 is more than"),
     "20000 x 20000": (huge(20000), "20000x20000 is more than"),
+    "a tile of 20000 x 20000": (one_tile(20000), "20000x20000 is more than"),
 }
 
 
@@ -56,6 +66,13 @@ def test_bad_pictures(name):
     with pytest.raises(config.InputError, match=message) as error:
         transforms.decode_picture(data, 8)
     assert "\n" not in str(error.value) and not ADDRESS.search(str(error.value))
+
+
+def test_a_lower_limit_of_pixels():
+    assert transforms.picture_shape(PNG, 64 * 64) == (64, 64)
+    for data in (PNG, encoded(Image.open(io.BytesIO(PNG)), "gif"), encoded(Image.open(io.BytesIO(PNG)), "webp")):
+        with pytest.raises(transforms.BadMedium, match="64x64 is more than 4095 pixels"):
+            transforms.picture_shape(data, 64 * 64 - 1)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on damaged TIFFs
