@@ -21,6 +21,7 @@ DATASETS = {
     "moving_digits": "gpt4v_jax.data.datasets.moving_digits:MovingDigits",
     "multi30k": "gpt4v_jax.data.datasets.multi30k:Multi30k",
     "poetry": "gpt4v_jax.data.datasets.poetry:Poetry",
+    "sentence_polarity": "gpt4v_jax.data.datasets.sentence_polarity:SentencePolarity",
     "tiny_shakespeare": "gpt4v_jax.data.datasets.tiny_shakespeare:TinyShakespeare",
 }
 
