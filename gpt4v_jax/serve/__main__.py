@@ -4,7 +4,6 @@ python -m gpt4v_jax.serve --workdir runs/digits_world
 python -m gpt4v_jax.serve --workdir runs/digits_world --host 0.0.0.0 --api_keys keys.txt
 """
 
-import base64
 import ipaddress
 import logging
 import os
@@ -15,7 +14,8 @@ from pathlib import Path
 from absl import flags
 
 from gpt4v_jax import command, config
-from gpt4v_jax.serve import api, protocol
+from gpt4v_jax.serve import api, guards, protocol
+from gpt4v_jax.serve import moderation as moderation_lib
 from gpt4v_jax.serve.engine import Engine
 from gpt4v_jax.serve.server import Settings
 from gpt4v_jax.training import workdir
@@ -52,18 +52,13 @@ def main() -> None:
         raise config.InputError(f"--seconds={_SECONDS.value} must be above 0, and finite")
     folder = Path(_WORKDIR.value)
     keys = read_keys(_KEYS.value, os.environ.get("GPT4V_API_KEYS", ""))
-    moderation, more = None, {}
-    if _MODERATION.value is not None:
-        from gpt4v_jax.serve import folding
-        from gpt4v_jax.serve import moderation as moderation_lib
-
-        moderation, more = moderation_lib.load(Path(_MODERATION.value)), {"settled": folding.settled}
-    guard = Inline()
+    moderation = moderation_lib.load(Path(_MODERATION.value)) if _MODERATION.value is not None else None
+    guard = guards.Guard(guards.Limits(tuple(_ALLOW_HOSTS.value)))
     trained = workdir.restore(folder, _STEP.value)
     settings = Settings(
         _NAME.value or folder.resolve().name, guard, moderation, keys=keys, seconds=_SECONDS.value,
         max_body=_MAX_BODY.value, max_media=_MAX_MEDIA.value, queued=_QUEUED.value, connections=_CONNECTIONS.value,
-        transcribe=_TRANSCRIBE.value, **more,
+        transcribe=_TRANSCRIBE.value,
     )  # fmt: skip
     listening = listen(_HOST.value, _PORT.value)  # before anything is compiled: a port that is taken is said at once
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
@@ -116,25 +111,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise config.InputError(f"--host={host} --port={port} cannot be listened at: {error.strerror}") from error
     return made
-
-
-class Inline:
-    """Reads what stands in the request itself, and fetches nothing."""
-
-    async def read(self, modality: str, url: str) -> bytes:
-        head, comma, text = url.partition(",")
-        if not head.startswith("data:") or not head.endswith(";base64") or not comma:
-            raise config.InputError(f"this server fetches nothing: send the {modality} itself, as a data: URI")
-        return self.decode(modality, text)
-
-    def check(self, modality: str, data: bytes, layout) -> None:
-        pass
-
-    def decode(self, modality: str, text: str) -> bytes:
-        try:
-            return base64.b64decode(text, validate=True)
-        except ValueError:
-            raise config.InputError(f"the {modality} is no base64") from None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def create(trained: Trained, engine, settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        app.state.server.cut()
+        app.state.server.close()
 
     # No pages of the schema: they would load scripts from elsewhere.
     app = FastAPI(title="gpt4v_jax", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)

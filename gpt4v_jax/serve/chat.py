@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax.data import chat
 from gpt4v_jax.generate import prompts
 from gpt4v_jax.serve import schema
 from gpt4v_jax.serve.errors import ApiError
+from gpt4v_jax.serve.guards import Guard
 from gpt4v_jax.training.workdir import Trained
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -20,16 +21,6 @@ PARTS = {  # type -> (the field that holds it, the field's kind, the modality)
     "audio_url": ("audio_url", schema.section(url=schema.text), "audio"),
     "input_audio": ("input_audio", schema.section(data=schema.text, format=schema.text), "audio"),
 }
-
-
-class Guard(Protocol):
-    """Who reads what clients send or point at, or refuses to (serve/guards.py). All raise InputError."""
-
-    async def read(self, modality: str, url: str) -> bytes: ...
-
-    def decode(self, modality: str, text: str) -> bytes: ...
-
-    def check(self, modality: str, data: bytes, layout: batch_lib.Layout) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import AsyncIterator, Sequence
 
-from gpt4v_jax.serve import errors
+from gpt4v_jax.serve import errors, folding
 from gpt4v_jax.serve.errors import ApiError
 from gpt4v_jax.serve.requests import Delta, Request
 
@@ -99,7 +99,7 @@ class Following:
             self._tickets[i].cancel()
             self.server.metrics.refused.labels(category, "answer").inc()
             return [Delta(finish="content_filter", cached=delta.cached)]
-        most, held = len(self._texts[i]) if delta.finish else settings.settled(self._texts[i]), self._held[i]
+        most, held = len(self._texts[i]) if delta.finish else folding.settled(self._texts[i]), self._held[i]
         passed = []
         while held and self._passed[i] + len(held[0].text) <= most:
             self._passed[i] += len(held[0].text)

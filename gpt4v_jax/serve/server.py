@@ -1,18 +1,20 @@
 """What all endpoints share: the model, the engine, the settings, and how a request's body is read."""
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import functools
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import anyio
 from starlette.requests import Request as Http
 
 from gpt4v_jax.serve import errors, schema, wire
-from gpt4v_jax.serve.chat import Guard
 from gpt4v_jax.serve.errors import ApiError
+from gpt4v_jax.serve.guards import Guard
 from gpt4v_jax.serve.metrics import Metrics
+from gpt4v_jax.serve.moderation import Moderation
 from gpt4v_jax.training.workdir import Trained
 
 T = TypeVar("T")
@@ -24,8 +26,7 @@ class Settings:
 
     name: str  # of the model
     guard: Guard
-    moderation: Any = None  # serve.moderation.Moderation
-    settled: Callable[[str], int] = len  # how much of an answer that grows moderation has looked at
+    moderation: Moderation | None = None
     keys: tuple[tuple[str, str], ...] = ()  # (who, key); (): everybody may
     seconds: float = 300.0  # of a request, the queue included
     max_body: int = 25_000_000  # bytes
@@ -44,11 +45,18 @@ class Server:
         self.metrics, self.created = Metrics(engine), int(time.time())
         self.following: set = set()  # follow.Following that are not at their end
         self.closing = False
-        self._limiter = anyio.CapacityLimiter(settings.threads)
+        # Not anyio's threads: what is cancelled there gives its place back while its thread goes on.
+        self._pool = concurrent.futures.ThreadPoolExecutor(settings.threads, "serve")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Awaits what would hold up the event loop. At most Settings.threads at a time."""
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self._limiter)
+        """Awaits what would hold up the event loop. Settings.threads at a time; what is cancelled while it waits is
+        never begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def close(self) -> None:
+        self.cut()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.settings.guard.close()
 
     def cut(self) -> None:
         """Ends the answers that still run: the server is closing."""

@@ -1,5 +1,6 @@
 """Answers as OpenAI's bodies, whole or in pieces, and the pieces as server-sent events."""
 
+import asyncio
 import contextlib
 import dataclasses
 import secrets
@@ -17,6 +18,8 @@ from gpt4v_jax.serve.follow import REASONS, Following, Whole
 from gpt4v_jax.serve.requests import Delta
 from gpt4v_jax.serve.schema import Asked
 from gpt4v_jax.serve.server import Server
+
+READ_SECONDS = 30.0  # in which a client must have read what was sent to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +156,19 @@ class Events(Response):
 
     async def _send(self, send) -> None:
         async def event(text: str, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
+            except TimeoutError:
+                raise wire.ClientGone from None
 
         async with contextlib.aclosing(self.rest) as rest:
             await event(wire.encoded(self.first))
             try:
                 async for chunk in rest:
                     await event(wire.encoded(chunk))
+            except wire.ClientGone:
+                raise
             except Exception as error:  # the status is sent already
                 await event(wire.encoded(errors.of(error).body))
         await event("[DONE]", more=False)

@@ -14,8 +14,7 @@ from PIL import Image
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config, sharding
 from gpt4v_jax.data import tokenizer as tokenizer_lib
-from gpt4v_jax.serve import api
-from gpt4v_jax.serve.__main__ import Inline
+from gpt4v_jax.serve import api, guards, moderation
 from gpt4v_jax.serve.requests import Delta, Request
 from gpt4v_jax.serve.server import Settings
 from gpt4v_jax.training.workdir import Trained
@@ -82,23 +81,10 @@ class FakeEngine:
         return {"running": 1.0, "steps_total": 4.0}
 
 
-class Filter:
-    """Refuses the word "badword"; a text's last word is not settled before a blank."""
-
-    thresholds = {"rude": 1.0}
-
-    def words(self, text: str, where: str) -> str | None:
-        return self.check(text[: settled(text)], where)
-
-    def check(self, text: str, where: str) -> str | None:
-        return "rude" if "badword" in text else None
-
-    def scores(self, text: str) -> dict[str, float]:
-        return {"rude": float(self.check(text, "request") is not None)}
-
-
-def settled(text: str) -> int:
-    return text.rfind(" ") + 1
+def words() -> moderation.Moderation:
+    """Refuses the word "badword"."""
+    row = moderation.WordList("rude", ("badword",))
+    return moderation.Moderation([(row, moderation.Words(row, row.entries))], [])
 
 
 @functools.cache
@@ -114,8 +100,8 @@ def trained(chats: bool = True, context: int = CONTEXT, **model) -> Trained:
 
 
 def app(engine=None, model: Trained | None = None, **settings):
-    model = model or trained()
-    return api.create(model, engine or FakeEngine(model.tokenizer), Settings("tiny", Inline(), **settings))
+    model, guard = model or trained(), guards.Guard(guards.Limits())
+    return api.create(model, engine or FakeEngine(model.tokenizer), Settings("tiny", guard, **settings))
 
 
 def client(engine=None, model: Trained | None = None, **settings) -> TestClient:

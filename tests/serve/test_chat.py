@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from gpt4v_jax.serve import chat
+from gpt4v_jax.serve import chat, guards
 from gpt4v_jax.serve.errors import ApiError
 from tests.serve import fake
 
@@ -48,7 +48,7 @@ def test_turns():
 
 def test_media_lie_where_the_messages_have_them():
     """Two pictures, the second behind the text; their own bytes are read."""
-    trained, guard = fake.trained(), fake.Inline()
+    trained, guard = fake.trained(), guards.Guard(guards.Limits())
     one, two = fake.png(1), fake.png(2)
     sound = {"type": "input_audio", "input_audio": {"data": base64.b64encode(one).decode(), "format": "wav"}}
     turns = chat.turns(user(*fake.shown("ab", one)["content"], *fake.shown("c", two)["content"]), 4)

@@ -37,7 +37,7 @@ def served(engine, **settings):
 @pytest.fixture(scope="module")
 def client():
     engine = Engine(fake.trained(), slots=4)
-    settings = {"moderation": fake.Filter(), "settled": fake.settled}
+    settings = {"moderation": fake.words()}
     with served(engine, keys=(("me", KEY),), **settings) as address:
         yield openai.OpenAI(base_url=address + "/v1", api_key=KEY, max_retries=0)
     engine.close(0)

@@ -87,7 +87,7 @@ def test_an_answer_that_fails(engine, finish, status, said):
 def test_a_refused_answer_keeps_what_was_looked_at(engine):
     """Nothing of the last word goes out before it has ended; n answers go on without the refused one."""
     engine.says = "so badword it is"
-    settings = {"moderation": fake.Filter(), "settled": fake.settled}
+    settings = {"moderation": fake.words()}
     *chunks, last, _ = streamed(engine, CHAT, fake.say(), **settings)
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == "so "
     assert last["choices"][0]["finish_reason"] == "content_filter"
@@ -102,7 +102,7 @@ def test_a_refused_answer_keeps_what_was_looked_at(engine):
 
 
 def test_a_refused_request_does_not_reach_the_engine(engine, caplog):
-    with fake.client(engine, moderation=fake.Filter(), settled=fake.settled) as client, caplog.at_level("INFO"):
+    with fake.client(engine, moderation=fake.words()) as client, caplog.at_level("INFO"):
         for path, body in ((CHAT, fake.say("a badword")), (COMPLETION, {"prompt": ["fine", "badword"]})):
             error = client.post(path, json=body)
             assert error.status_code == 400 and error.json()["error"]["code"] == "content_filter"
