@@ -61,7 +61,7 @@ class FakeEngine:
         prompt = request.prompt.tokens.tolist() if request.echo else []
         told = {} if request.logprobs is None or not prompt else {
             "prompt_logprobs": (None, *[-2.0] * (len(prompt) - 1)),
-            "prompt_top": ((), *[((t, -2.0),) for t in prompt[1:]]),
+            "prompt_top": ((), *[((t + 1, -1.0), (t, -2.0))[: request.logprobs] for t in prompt[1:]]),
         }  # fmt: skip
         told["cached"] = 3
         for char in said:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from gpt4v_jax.serve import stream as stream_lib
 from gpt4v_jax.serve.requests import Busy
 from tests.serve import fake
 
@@ -67,6 +68,25 @@ def test_a_queue_that_has_no_room_for_all_takes_none(engine):
     with fake.client(engine) as client:
         assert client.post(CHAT, json=fake.say(n=2)).status_code == 429
     assert engine.tickets[0].gone.is_set()
+
+
+def test_a_client_that_reads_nothing_is_left(engine, monkeypatch):
+    monkeypatch.setattr(stream_lib, "READ_SECONDS", 0.0)
+    over = threading.Event()
+
+    class Deaf(Wire):
+        async def send(self, message):
+            await super().send(message)
+            if message["type"] == "http.response.body":
+                over.set()  # the thread that waits for it can end
+                await asyncio.Event().wait()
+
+        async def receive(self):
+            message = await super().receive()
+            return message if message["type"] == "http.request" else await asyncio.Event().wait()
+
+    call(fake.app(engine), wire := Deaf(fake.say(stream=True), over))
+    assert engine.tickets[0].gone.is_set() and len(wire.sent) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])

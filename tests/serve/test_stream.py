@@ -84,9 +84,10 @@ def test_an_answer_that_fails(engine, finish, status, said):
         assert client.post(CHAT, json=fake.say(stream=True)).status_code == status
 
 
-def test_a_refused_answer_keeps_what_was_looked_at(engine):
-    """Nothing of the last word goes out before it has ended; n answers go on without the refused one."""
-    engine.says = "so badword it is"
+@pytest.mark.parametrize("says", ["so badword it is", "so badword"])
+def test_a_refused_answer_keeps_what_was_looked_at(engine, says):
+    """Nothing of the last word goes out before it has ended, be it with the answer."""
+    engine.says = says
     settings = {"moderation": fake.words()}
     *chunks, last, _ = streamed(engine, CHAT, fake.say(), **settings)
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == "so "
