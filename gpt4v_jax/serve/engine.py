@@ -24,7 +24,7 @@ from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
 from gpt4v_jax.training.workdir import Trained
 
 DRAWN = sample.Sampling(1.0)
-LEAST = 128  # slots of the cache's rows; twice as many, and again, where a request needs them
+LEAST = 128  # slots of the cache's rows; half as many more, and again, where a row needs them
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +131,12 @@ class Engine:
 
     def warm(self) -> Iterator[str]:
         """Compiles what texts will need, before there are any: yields what it compiles."""
-        prompt = prompts.plain([0])
         for number, size in enumerate(self._sizes()):
-            sampling = DRAWN if number else decode.GREEDY
             yield f"decoding with {size} slots"
-            begun, room = threading.Event(), min(size, self.trained.layout.context) - len(prompt)
-            ticket = self.submit(Request(prompt, None, room, sampling), lambda delta, begun=begun: begun.set())
-            begun.wait()
-            ticket.cancel()
+            prompt = prompts.plain([0] * (size - 1))
+            over, sampling = threading.Event(), DRAWN if number else decode.GREEDY
+            self.submit(Request(prompt, None, 1, sampling), lambda delta, over=over: delta.finish and over.set())
+            over.wait()
 
     # ---- the thread
 
@@ -151,7 +149,8 @@ class Engine:
         return min(1.0 + self.waiting / self.rows, 30.0)
 
     def _run(self) -> None:
-        jax.set_mesh(self.trained.mesh)  # a thread has its own
+        if self.trained.mesh is not None:
+            jax.set_mesh(self.trained.mesh)  # a thread has its own
         while True:
             with self._lock:
                 while not (self._waiting or self._filling or any(self._live) or self._closing is not None):
@@ -226,14 +225,11 @@ class Engine:
 
     def _admit(self, ticket: Ticket, logits, cache) -> None:
         row, prompt = self._live.index(None), ticket.request.prompt
-        need = max(len(t.request.prompt) + t.room for t in (*self._live, ticket) if t)
-        memory = cache.memory_parts[0].shape[1]
         state = self._state or slots_lib.empty(self.trained.model, self.rows, LEAST, self.longest)
+        memory = cache.memory_parts[0].shape[1]
         had = state.cache.memory_parts[0].shape[1] if any(self._live) else 0
         memory = max(had, 2 ** math.ceil(math.log2(memory)) if memory else 0)
-        size = next(size for size in self._sizes() if size >= need)
-        if (size, memory) != (state.cache.document.shape[1], state.cache.memory_parts[0].shape[1]):
-            state = slots_lib.resized(state, size, memory)
+        state = slots_lib.resized(state, self._size(ticket), memory)
         tokens = np.zeros(self.longest, np.int32)
         tokens[: len(prompt)] = prompt.tokens
         key = jax.random.key(ticket.request.seed % 2**32)
@@ -241,9 +237,15 @@ class Engine:
         self._live[row] = ticket
 
     def _sizes(self) -> Iterator[int]:
-        """-> how many slots rows may have."""
-        sizes = itertools.takewhile(lambda n: n < self.longest, (LEAST * 2**k for k in itertools.count()))
-        return itertools.chain(sizes, [self.longest])
+        """-> how many slots rows may have. Attention takes time by this number, so it follows the longest row."""
+        most = self.trained.layout.context
+        sizes = (n for k in itertools.count() for n in (LEAST * 2**k, LEAST * 2**k * 3 // 2))
+        return itertools.chain(itertools.takewhile(lambda n: n < most, sizes), [most])
+
+    def _size(self, *more: Ticket) -> int:
+        """-> the least one in which each row has room for a token."""
+        need = max(len(t.request.prompt) + len(t.tokens) + 1 for t in (*self._live, *more) if t)
+        return next(size for size in self._sizes() if size >= need)
 
     def _step(self) -> None:
         """The next token of every row. The device computes on while the texts are looked at here."""
@@ -256,6 +258,9 @@ class Engine:
         if any(t.matcher for t in live):
             allowed = constrain.masks([t.matcher if t else None for t in self._live], vocab)
         most = MOST_LOGPROBS if any(t.request.logprobs is not None for t in live) else None
+        size, memory = (x.shape[1] for x in (self._state.cache.document, self._state.cache.memory_parts[0]))
+        if self._size() > size:
+            self._state = slots_lib.resized(self._state, self._size(), memory)
         told = slots_lib.choose(self._state, self._rules, allowed, trained.tokenizer.ends, most)
         self._state = slots_lib.advance(trained.model, trained.params, self._state, told.tokens)
         told = jax.tree.map(np.asarray, told)

@@ -92,10 +92,16 @@ def empty(model: GPT4V, rows: int, slots: int) -> attention.Cache:
     return attention.empty_cache(model.config.decoder, rows, slots, model.config.axes)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Cache):
     """-> (logits [1,V] behind the chunk, the cache with it: its padding is written over by what comes next)."""
+    memory = cache.memory, cache.memory_parts  # grows, so that its buffers are of no use
+    return _read(model, params, batch, memory, cache.replace(memory=(), memory_parts=()))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _read(model: GPT4V, params, batch: batch_lib.Batch, memory, cache: attention.Cache):
     before, count = cache.cursor, jnp.sum(batch.document > 0)
+    cache = cache.replace(memory=memory[0], memory_parts=memory[1])
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
     return model.apply({"params": params}, last, method="logits"), cache.replace(cursor=before + count)

@@ -38,9 +38,15 @@ def empty(model: GPT4V, rows: int, slots: int, longest: int) -> Slots:
     return Slots(logits, cache.replace(cursor=none), past, jax.vmap(jax.random.key)(none))
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "memory"))
 def resized(state: Slots, slots: int, memory: int) -> Slots:
     """-> the same with so many slots in the cache, and in its memory. What is cut off must not be in use."""
+    if (slots, memory) == (state.cache.document.shape[1], state.cache.memory_parts[0].shape[1]):
+        return state
+    return _resized(state, slots, memory)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "memory"))
+def _resized(state: Slots, slots: int, memory: int) -> Slots:
 
     def fit(x, n):
         return jnp.pad(x[:, :n], [(0, 0), (0, max(n - x.shape[1], 0)), *[(0, 0)] * (x.ndim - 2)])

@@ -1,0 +1,145 @@
+"""Continuous batching beside batches, in one run: python -m benchmarks.serving [--quick] [--out docs/results]
+
+GPT-2's shape (124 M), random weights, float32; prompts of 32 tokens, answers as long as an exponential law says. Who is
+compared:
+
+    whole batches   batches whose answers all have the mean length: what a row can give at best
+    padded          the ragged requests in batches as they come; each goes on until its longest answer is done
+    continuous      the same requests through serve.engine: a row that is free is given to the next one
+
+Each round runs all three; ratios are of the same round, the median of rounds counts.
+"""
+
+import argparse
+import json
+import queue
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.train_step import machine
+
+SLOTS, REQUESTS, PROMPT, MEAN, MOST = 8, 48, 32, 48, 192
+
+
+def lengths(count: int = REQUESTS) -> list[int]:
+    """-> tokens of each answer: exponential with mean MEAN, from 4 to MOST, the same in every run."""
+    drawn = np.random.default_rng(0).exponential(MEAN, count)
+    return np.clip(drawn.round().astype(int), 4, MOST).tolist()
+
+
+def model():
+    import jax
+
+    from gpt4v_jax import batch as batch_lib
+    from gpt4v_jax import config, sharding
+    from gpt4v_jax.model.gpt4v import GPT4V
+    from gpt4v_jax.training import step as step_lib
+    from gpt4v_jax.training.workdir import Trained
+
+    backbone = config.Backbone(depth=12, width=768, heads=12, norm="layer", bias=config.BIASES, activation="gelu_tanh")
+    run = config.Config(model=config.Model(vocab=50257, context=1024, position="learned", backbone=backbone))
+    layout = batch_lib.layout(run.model, run.data)
+    module, mesh = GPT4V(run.model, layout), sharding.make_mesh(config.Mesh())
+    jax.set_mesh(mesh)
+    params = jax.jit(lambda: step_lib.init_params(module, 0))()
+    return Trained(run, layout, NoText(), mesh, module, params, 0, ())
+
+
+class NoText:
+    """A tokenizer without an end token: every answer is as long as it may be, and its text is not looked at."""
+
+    ends, special = (), ()
+
+    def decode(self, ids):
+        return ""
+
+
+def measure(rounds: int, requests: int, say=print) -> dict[str, list[tuple[int, float]]]:
+    """-> of each way and each round (tokens that somebody wanted, seconds)."""
+    from gpt4v_jax.generate import decode, prompts
+    from gpt4v_jax.serve.engine import Engine
+    from gpt4v_jax.serve.requests import Request
+
+    trained, wanted = model(), lengths(requests)
+    mean = round(statistics.mean(wanted))
+    rng = np.random.default_rng(1)
+    asked = [prompts.plain(rng.integers(0, 50257, PROMPT).tolist()) for _ in wanted]
+    engine = Engine(trained, SLOTS, queued=requests, prefix_bytes=0)
+    for what in engine.warm():
+        say(what)
+
+    def batches(n_of):
+        for i in range(0, requests, SLOTS):
+            decode.generate(trained, asked[i : i + SLOTS], max_new_tokens=n_of(wanted[i : i + SLOTS]))
+
+    def whole():
+        batches(lambda _: mean)
+        return mean * requests
+
+    def padded():
+        batches(max)
+        return sum(wanted)
+
+    def continuous():
+        told: queue.Queue = queue.Queue()
+        for prompt, n in zip(asked, wanted, strict=True):
+            engine.submit(Request(prompt, max_new_tokens=n), lambda delta: told.put((len(delta.tokens), delta.finish)))
+        tokens = left = 0
+        left = requests
+        while left:
+            n, finish = told.get()
+            tokens, left = tokens + n, left - bool(finish)
+        return tokens
+
+    ways = {"whole batches": whole, "padded": padded, "continuous": continuous}
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in ways}
+    for i in range(rounds + 1):  # the first one compiles
+        for name, way in ways.items():
+            before = time.perf_counter()
+            tokens = way()
+            if i:
+                found[name].append((tokens, time.perf_counter() - before))
+        say(f"round {i} of {rounds}")
+    engine.close()
+    return found
+
+
+def report(found: dict[str, list[tuple[int, float]]], requests: int) -> str:
+    speeds = {name: [tokens / seconds for tokens, seconds in rounds] for name, rounds in found.items()}
+    ours, wanted = speeds["continuous"], lengths(requests)
+    lines = [
+        f"{requests} requests in {SLOTS} rows, prompts of {PROMPT} tokens, answers of {min(wanted)} to {max(wanted)} "
+        f"tokens, {statistics.mean(wanted):.0f} on average; {len(ours)} rounds.",
+        "",
+        "| | tokens/s, median (min - max) | continuous batching has |",
+        "|---|---|---|",
+    ]
+    for name, values in speeds.items():
+        ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
+        beside = "" if name == "continuous" else f"{ratio:.2f} of it"
+        lines.append(f"| {name} | {statistics.median(values):.0f} ({min(values):.0f} - {max(values):.0f}) | {beside} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round of few requests: does it work?")
+    parser.add_argument("--out", type=Path, help="a folder for serving.md")
+    args = parser.parse_args()
+    requests, rounds = (SLOTS, 1) if args.quick else (REQUESTS, 5)
+    found = measure(rounds, requests, lambda text: print(text, file=sys.stderr, flush=True))
+    text, here = report(found, requests), machine()
+    print(text)
+    print(json.dumps(here))
+    if args.out:
+        facts = " · ".join(f"{name} {value}" for name, value in here.items())
+        page = f"# Continuous batching\n\n`python -m benchmarks.serving --out docs/results`\n\n{facts}\n\n{text}\n"
+        (args.out / "serving.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""Continuous batching: no answer depends on who else is there, on what is remembered, or on how the others end."""
+
+import dataclasses
+import threading
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt4v_jax import config
+from gpt4v_jax.data import tokenizer as tokenizer_lib
+from gpt4v_jax.data.transforms import BadMedium
+from gpt4v_jax.generate import constrain, decode, sample
+from gpt4v_jax.serve import engine as engine_lib
+from gpt4v_jax.serve import prefix
+from gpt4v_jax.serve import slots as slots_lib
+from gpt4v_jax.serve.engine import Engine
+from gpt4v_jax.serve.requests import Busy, Request
+from tests import tiny
+from tests.generate.test_decode import LETTERS, ask, full_logits, make
+
+DRAWN = sample.Sampling(1.0)
+
+
+class Said(NamedTuple):
+    text: str
+    tokens: tuple
+    logprobs: tuple
+    finish: str
+    cached: int
+
+
+def said(deltas) -> Said:
+    joined = {name: tuple(x for d in deltas for x in getattr(d, name)) for name in ("tokens", "logprobs")}
+    return Said("".join(d.text for d in deltas), finish=deltas[-1].finish, cached=deltas[0].cached, **joined)
+
+
+class Asked:
+    """A request that was submitted. `hold`: its first Delta stops the engine until `go`."""
+
+    def __init__(self, engine: Engine, request: Request, hold: bool = False):
+        self.deltas, self.over, self.told, self.go = [], threading.Event(), threading.Event(), threading.Event()
+        if not hold:
+            self.go.set()
+        self.ticket = engine.submit(request, self.tell)
+
+    def tell(self, delta):
+        self.deltas.append(delta)
+        self.told.set()
+        assert self.go.wait(60)
+        if delta.finish:
+            self.over.set()
+
+    def said(self) -> Said:
+        assert self.over.wait(60), "no end"
+        return said(self.deltas)
+
+
+def together(engine: Engine, requests) -> list[Said]:
+    return [asked.said() for asked in [Asked(engine, request) for request in requests]]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return make(end=tiny.SPECIAL["<end>"])
+
+
+@pytest.fixture
+def running(trained):
+    engine = Engine(trained, slots=3, queued=4)
+    yield engine
+    engine.close(0)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Prompts of a few positions have several chunks, and caches grow."""
+    monkeypatch.setattr(prefix, "CHUNK", 3)
+    monkeypatch.setattr(engine_lib, "LEAST", 8)
+
+
+def requests(trained) -> list[Request]:
+    """Short and long ones, with and without pictures, that begin alike, greedy and drawn by several laws."""
+    read = tiny.reader(trained.layout)
+    texts = [
+        ("ab", 1), ("abc", 1), ("the same begin", 0), ("the same begins", 0), ("ab", 1)
+    ]  # fmt: skip
+    laws = [
+        sample.Sampling(), DRAWN, sample.Sampling(0.7, top_k=9, top_p=0.8), sample.Sampling(frequency_penalty=1.5),
+        sample.Sampling(1.0, logit_bias=((9, 2.0),)),
+    ]  # fmt: skip
+    return [
+        Request(ask(trained, text, range(7, 7 + pictures)), read, 2 + 3 * (i % 3), law, seed=i, logprobs=2)
+        for i, ((text, pictures), law) in enumerate(zip(texts, laws, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention", "encoder_decoder"))
+def test_an_answer_does_not_depend_on_company_or_memory(name):
+    """To the bit: all at once in three rows, twice, so that much is remembered; one by one; nothing remembered. And
+    the tokens are those of decode.generate."""
+    trained = make(**tiny.FUSIONS[name])
+    asked = requests(trained)
+    engine, forgetful = Engine(trained, slots=3), Engine(trained, slots=3, prefix_bytes=0)
+    first, again = together(engine, asked), together(engine, asked)
+    alone = [together(forgetful, [request])[0] for request in asked]
+    for engine_of in (engine, forgetful):
+        engine_of.close()
+
+    def bare(found):
+        return [answer._replace(cached=0) for answer in found]
+
+    assert bare(first) == bare(again) == bare(alone)
+    assert not any(answer.cached for answer in alone)
+    if tiny.FUSIONS[name].get("kind", "concat") not in ("prefix_lm", "q_former", "encoder_decoder"):  # one block
+        assert sum(answer.cached for answer in again) > len(asked)
+    for request, answer in zip(asked, first, strict=True):
+        plain = decode.generate(trained, [request.prompt], request.read, request.max_new_tokens, request.sampling,
+                                [request.seed], logprobs=2)[0]  # fmt: skip
+        assert (plain.text, plain.tokens, plain.finish) == answer[:2] + (answer.finish,)
+        np.testing.assert_allclose(plain.logprobs, answer.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("media", ["V", "S7"])
+def test_a_clip_and_a_sound_are_remembered_by_what_they_show(media):
+    trained = make(media=True, axes=3)
+    engine = Engine(trained, slots=2)
+
+    def request(seed):
+        prompt = tiny.document(f"{media} U2", trained.layout, seed)
+        return Request(prompt, tiny.reader(trained.layout), 3, logprobs=0)
+
+    one, same, other = (together(engine, [request(seed)])[0] for seed in (0, 0, 1))
+    engine.close()
+    assert (one.cached, other.cached) == (0, 0) and same.cached > 0
+    assert one._replace(cached=0) == same._replace(cached=0) and one.logprobs != other.logprobs
+
+
+def test_the_key_covers_the_medium_s_place_shape_and_values():
+    """Of prompts with the same tokens: other values, another shape or another place are another key."""
+    layout = make(media=True).layout
+    audio = tiny.document("S7 U2", layout)
+
+    def keys(document, change=lambda values: values):
+        read = tiny.reader(layout)
+        return [c.key for c in prefix.chunks(document, lambda m: [(change(v), i) for v, i in read(m)], layout)]
+
+    shape = dataclasses.replace(audio.media[0][1], shape=(8,))  # as many patches
+    assert keys(audio) == keys(audio)
+    assert keys(audio)[0] != keys(audio, lambda v: np.nextafter(v, 9))[0]
+    assert keys(audio)[0] != keys(dataclasses.replace(audio, media=((0, shape),)))[0]
+    assert keys(audio)[0] != keys(audio, lambda v: v.astype(np.float64))[0]
+
+
+def test_the_least_recently_used_is_forgotten(trained):
+    engine = Engine(trained, slots=1)
+    prompts = [ask(trained, text) for text in ("one of these", "other of those", "a third letter")]
+    size = []
+    for prompt in prompts:
+        together(engine, [Request(prompt, None, 1)])
+        size.append(engine.prefixes.bytes)
+    engine.close()
+    kept = Engine(trained, slots=1, prefix_bytes=size[1])  # two of them
+    cached = [together(kept, [Request(prompts[i], None, 1)])[0].cached for i in (0, 1, 0, 2, 0, 1)]
+    kept.close()
+    assert kept.prefixes.bytes <= size[1]
+    assert cached[2] and cached[4] and not any(cached[i] for i in (0, 1, 3, 5))
+
+
+def test_chunks_end_where_blocks_end():
+    trained = make()
+    document = tiny.document("U7 I U2 A3 I U1", trained.layout)
+    ends = prefix.cuts(document, trained.layout)
+    assert all(document.ar[end] for end in ends[:-1]) and ends[-1] == len(document)
+    behind = [first + 4 for first, _ in document.media]
+    assert set(behind) < set(ends) and len(ends) > 4
+
+
+# ---- ends
+
+
+def test_a_cancelled_request_frees_its_row(running, trained):
+    """While it runs, and while it waits; the others' answers stay what they are."""
+    endless = Request(ask(trained, "a"), None, 12, DRAWN)
+    plain = together(running, [dataclasses.replace(endless, seed=1)])[0]
+    first = Asked(running, endless, hold=True)
+    assert first.told.wait(60)
+    others = [Asked(running, dataclasses.replace(endless, seed=seed)) for seed in (1, 2, 3, 4)]
+    others[3].ticket.cancel()
+    first.ticket.cancel()
+    first.go.set()
+    assert first.said().finish == "cancelled" and len(first.said().tokens) < 12
+    assert others[3].said() == Said("", (), (), "cancelled", 0)
+    assert others[0].said() == plain
+    assert len([asked.said() for asked in others]) == 4 and running.waiting == 0
+
+
+def test_a_deadline_counts_the_queue(running, trained, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(engine_lib.time, "monotonic", lambda: now[0])
+    held = Asked(running, Request(ask(trained, "a"), None, 12, DRAWN, seconds=5), hold=True)
+    assert held.told.wait(60)
+    patient, hasty = (Asked(running, Request(ask(trained, "a"), None, 2, DRAWN, 3, seconds=s)) for s in (None, 1))
+    now[0] = 6.0
+    held.go.set()
+    assert [asked.said().finish for asked in (held, hasty)] == ["timeout"] * 2 and not hasty.said().tokens
+    assert patient.said().finish == "length"
+
+
+def test_users_take_turns(trained):
+    engine, order = Engine(trained, slots=1), []
+    held = Asked(engine, Request(ask(trained, "a"), None, 1), hold=True)
+    assert held.told.wait(60)
+    asked = [Asked(engine, Request(ask(trained, "a"), None, 1, user=user)) for user in "aaabc"]
+    for name, one in zip(("a1", "a2", "a3", "b1", "c1"), asked, strict=True):
+        one.tell = lambda delta, name=name, one=one, tell=one.tell: (order.append(name), tell(delta))
+        one.ticket.tell = one.tell
+    held.go.set()
+    for one in asked:
+        one.said()
+    engine.close()
+    assert order == ["a1", "b1", "c1", "a2", "a3"]
+
+
+def test_a_full_queue_says_when_to_come_again(running, trained):
+    held = Asked(running, Request(ask(trained, "a"), None, 1), hold=True)
+    assert held.told.wait(60)
+    waiting = [Asked(running, Request(ask(trained, "a"), None, 1)) for _ in range(4)]
+    with pytest.raises(Busy, match="4 requests wait already") as busy:
+        running.submit(Request(ask(trained, "a"), None, 1), print)
+    assert busy.value.seconds >= 1
+    held.go.set()
+    assert {asked.said().finish for asked in waiting} == {"length"}
+
+
+def test_closing_ends_what_waits_and_lets_the_rest_go_on(trained):
+    engine = Engine(trained, slots=1)
+    runs = Asked(engine, Request(ask(trained, "a"), None, 9, DRAWN), hold=True)
+    assert runs.told.wait(60)
+    waits = Asked(engine, Request(ask(trained, "a"), None, 9))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while engine._closing is None:
+        pass
+    with pytest.raises(Busy, match="closing"):
+        engine.submit(Request(ask(trained, "a")), print)
+    runs.go.set()
+    assert waits.said().finish == "cancelled" and len(runs.said().tokens) == 9
+    closing.join(60)
+    assert not closing.is_alive() and not engine._thread.is_alive()
+
+
+def test_what_runs_longer_than_closing_takes_is_cut(trained):
+    engine = Engine(trained, slots=1)
+    runs = Asked(engine, Request(ask(trained, "a"), None, 9, DRAWN), hold=True)
+    assert runs.told.wait(60)
+    closing = threading.Thread(target=engine.close, args=(0,))
+    closing.start()
+    while engine._closing is None:
+        pass
+    runs.go.set()
+    closing.join(60)
+    assert runs.said().finish == "cancelled" and len(runs.said().tokens) < 9
+
+
+def test_a_medium_that_turns_out_bad_ends_its_request_alone(running, trained):
+    def bad(medium):
+        raise BadMedium("a damaged picture")
+
+    good = Asked(running, Request(ask(trained, "a"), None, 5, DRAWN))
+    broken = Asked(running, Request(ask(trained, "a", [1]), bad, 5))
+    assert broken.said().finish == "unreadable" and broken.deltas[-1].error == "a damaged picture"
+    assert good.said().finish == "length"
+
+
+def test_who_does_not_listen_is_cancelled(running, trained, caplog):
+    def deaf(delta):
+        raise RuntimeError("gone")
+
+    running.submit(Request(ask(trained, "a"), None, 20, DRAWN), deaf)
+    other = Asked(running, Request(ask(trained, "a"), None, 5, DRAWN))
+    assert other.said().finish == "length" and "cancelled" in caplog.text
+
+
+def test_a_failed_turn_is_not_the_end(running, trained, monkeypatch, caplog):
+    choose, failed = slots_lib.choose, []
+
+    def fails_once(*args):
+        if not failed:
+            failed.append(1)
+            raise RuntimeError("no memory")
+        return choose(*args)
+
+    monkeypatch.setattr(slots_lib, "choose", fails_once)
+    broken = Asked(running, Request(ask(trained, "a"), None, 5, DRAWN))
+    assert broken.said().finish == "error" and "no memory" not in broken.deltas[-1].error
+    assert together(running, [Request(ask(trained, "a"), None, 5, DRAWN)])[0].finish == "length"
+
+
+# ---- what is told
+
+
+def test_echo_tells_the_prompt_s_own_logprobs(running, trained):
+    prompt = ask(trained, "some text", [3])
+    request = Request(prompt, tiny.reader(trained.layout), 0, echo=True, logprobs=3)
+    asked = Asked(running, request)
+    assert asked.said().finish == "length" and not asked.said().tokens
+    nats = jax.nn.log_softmax(full_logits(trained, prompt), axis=-1)
+    first, *rest = asked.deltas[0].prompt_logprobs
+    expected = [float(nats[t, token]) for t, token in enumerate(prompt.tokens[1:])]
+    assert first is None and asked.deltas[0].prompt_top[0] == ()
+    np.testing.assert_allclose(rest, expected, atol=1e-5)
+    for t, top in enumerate(asked.deltas[0].prompt_top[1:]):
+        assert [token for token, _ in top] == np.argsort(-nats[t], kind="stable")[:3].tolist()
+        assert dict(top).get(prompt.tokens[t + 1], rest[t]) == rest[t]  # the same float
+
+
+def test_the_greedy_token_s_logprob_is_the_best_one_s(running, trained):
+    asked = Asked(running, Request(ask(trained, "ab"), None, 6, logprobs=1))
+    asked.said()
+    for delta in asked.deltas:
+        assert not delta.tokens or delta.top == (((delta.tokens[0], delta.logprobs[0]),),)
+
+
+def test_stop_strings_that_reach_across_deltas(running, trained):
+    """What may yet begin one is held back; the text joined is generate's."""
+    for seed in range(4):
+        request = Request(ask(trained, "ab"), None, 12, DRAWN, seed)
+        whole = together(running, [request])[0].text
+        for stop in (whole[3:5], whole[-2:], whole[2:4] + "z", "zz"):
+            found = together(running, [dataclasses.replace(request, stop=(stop,))])[0]
+            plain = decode.generate(trained, [request.prompt], None, 12, DRAWN, [seed], [stop])[0]
+            assert found[:2] == (plain.text, plain.tokens) and found.finish == plain.finish and stop not in found.text
+
+
+@pytest.mark.parametrize("text, stop, held", [
+    ("abc", (), 0), ("abc", ("cd",), 1), ("abc", ("bcd", "x"), 2), ("abc", ("ab",), 0),
+    ("ab\ufffd", (), 1), ("ab\ufffd\ufffd", ("b\ufffd\ufffdx",), 3), ("", ("a",), 0),
+])  # fmt: skip
+def test_what_is_held_back(text, stop, held):
+    assert engine_lib._unsure(text, stop) == held
+
+
+def test_grammars_beside_free_answers(trained):
+    letters = tokenizer_lib.train("char", ["".join(sorted(LETTERS))], 0).inner
+    trained = dataclasses.replace(make(context=24, size=0), tokenizer=tokenizer_lib.Tokenizer(letters, ("x",)))
+    engine = Engine(trained, slots=3)
+    free = Request(ask(trained, "ab"), None, 6, DRAWN, 5, logprobs=0)
+    held = [dataclasses.replace(free, grammar=constrain.choices(["cab", "dad"]), seed=seed) for seed in (1, 2)]
+    plain = together(engine, [free])[0]
+    mixed = together(engine, [free, *held])
+    with pytest.raises(config.InputError, match="no text that this tokenizer writes"):
+        engine.submit(dataclasses.replace(free, grammar=constrain.regex("Q+")), print)
+    engine.close()
+    assert mixed[0] == plain._replace(cached=mixed[0].cached)
+    for request, answer in zip(held, mixed[1:], strict=True):
+        alone = decode.generate(trained, [request.prompt], None, 6, DRAWN, [request.seed], grammar=request.grammar)[0]
+        assert answer.text in ("cab", "dad") and (answer.text, answer.finish) == (alone.text, alone.finish)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"logprobs": 21}, "from 0 to 20"),
+    ({"sampling": sample.Sampling(guidance_scale=2.0)}, "guidance_scale"),
+    ({"sampling": sample.Sampling(logit_bias=((99, 1.0),))}, "the token 99"),
+])
+def test_bad_requests_are_refused_at_the_door(running, trained, change, named):
+    with pytest.raises(config.InputError, match=named):
+        running.submit(dataclasses.replace(Request(ask(trained, "a")), **change), print)
+
+
+def test_a_prompt_over_the_context(running, trained):
+    with pytest.raises(config.InputError, match=f"context is {trained.layout.context}"):
+        running.submit(Request(ask(trained, "a" * 40)), print)
+
+
+def test_stats_add_up(trained):
+    engine = Engine(trained, slots=2)
+    answers = together(engine, [Request(ask(trained, "ab"), None, n, DRAWN, n) for n in (1, 2, 5)])
+    stats = engine.stats()
+    engine.close()
+    assert stats["tokens_total"] == sum(len(answer.tokens) for answer in answers)
+    assert stats["prompt_tokens_total"] == 3 * len(ask(trained, "ab")) and stats["running"] == 0
+    assert sum(n for name, n in stats.items() if name.startswith("finish_")) == 3
+
+
+def test_warm_compiles_all_sizes(trained):
+    engine = Engine(trained, slots=2)
+    assert len(list(engine.warm())) == len(list(engine._sizes())) > 1
+    together(engine, [Request(ask(trained, "ab"), None, 1)])
+    engine.close()
+    assert engine.running == 0
+
+
+def test_idle_rows_stay_finite(trained):
+    """Rows that nobody has go on; what they hold must not become NaN, which 0 times something is, too."""
+    state = slots_lib.empty(trained.model, 2, 8, 8)
+    for _ in range(20):
+        state = slots_lib.advance(trained.model, trained.params, state, jnp.array([3, -1]))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.logits, state.cache)))
