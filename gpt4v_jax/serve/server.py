@@ -1,0 +1,114 @@
+"""What all endpoints share: the model, the engine, the settings, and how a request's body is read."""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from starlette.requests import Request as Http
+
+from gpt4v_jax.serve import errors, schema, wire
+from gpt4v_jax.serve.errors import ApiError
+from gpt4v_jax.serve.guards import Guard
+from gpt4v_jax.serve.metrics import Metrics
+from gpt4v_jax.serve.moderation import Moderation
+from gpt4v_jax.training.workdir import Trained
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of `python -m gpt4v_jax.serve`, by its flags' names."""
+
+    name: str  # of the model
+    guard: Guard
+    moderation: Moderation | None = None
+    keys: tuple[tuple[str, str], ...] = ()  # (who, key); (): everybody may
+    seconds: float = 300.0  # of a request, the queue included
+    max_body: int = 25_000_000  # bytes
+    max_media: int = 16  # of a request
+    queued: int = 64  # requests that may wait in the engine, and so the most answers that one body may ask for
+    connections: int = 256  # requests at a time, those of /health and /metrics not counted
+    threads: int = 4  # that decode media and tokenize
+    transcribe: str = "what is said?"  # what /v1/audio/transcriptions asks
+
+
+class Server:
+    """engine: serve.engine.Engine, or what has its submit and its stats."""
+
+    def __init__(self, trained: Trained, engine, settings: Settings):
+        self.trained, self.engine, self.settings = trained, engine, settings
+        self.metrics, self.created = Metrics(engine), int(time.time())
+        self.following: set = set()  # follow.Following that are not at their end
+        self.closing = False
+        # Not anyio's threads: what is cancelled there gives its place back while its thread goes on.
+        self._pool = concurrent.futures.ThreadPoolExecutor(settings.threads, "serve")
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Awaits what would hold up the event loop. Settings.threads at a time; what is cancelled while it waits is
+        never begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def close(self) -> None:
+        self.cut()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.settings.guard.close()
+
+    def cut(self) -> None:
+        """Ends the answers that still run: the server is closing."""
+        self.closing = True
+        for answers in list(self.following):
+            answers.cut()
+
+    async def read(self, http: Http, kinds: dict[str, schema.Kind]) -> dict[str, Any]:
+        """-> the fields of a JSON body, checked, of this model. Raises ApiError."""
+        kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(f"content-type is {errors.shown(kind)}: send application/json", None, "content_type", 415)
+        try:
+            body = await self.in_thread(wire.decoded, await http.body())
+        except ValueError as error:
+            raise ApiError(f"the body is no JSON: {error}", None, "invalid_json") from None
+        given = schema.read(body, kinds)
+        self.check_model(given.get("model", given.get("engine")))
+        return given
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for another model's name; without one it is this one."""
+        if name not in (None, self.settings.name):
+            raise errors.unknown_model(name, self.settings.name)
+
+    async def check_text(self, text: str, where: str = "messages") -> None:
+        """Raises ApiError for what moderation refuses."""
+        if self.settings.moderation is None:
+            return
+        category = await self.in_thread(self.settings.moderation.check, text, "request")
+        if category is not None:
+            self.metrics.refused.labels(category, "request").inc()
+            raise ApiError(f"this request is refused ({category})", where, "content_filter")
+
+    def count(self, http: Http, usage: dict[str, Any]) -> None:
+        """Notes what an answer took, for /metrics and the access log."""
+        prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
+        http.state.tokens = (prompt, completion)
+        self.metrics.prompt_tokens.inc(prompt)
+        self.metrics.cached_tokens.inc(usage["prompt_tokens_details"]["cached_tokens"])
+        self.metrics.completion_tokens.inc(completion)
+
+    @functools.cached_property
+    def card(self) -> dict[str, Any]:
+        """-> the model, as /v1/models lists it."""
+        layout = self.trained.layout
+        return {
+            "id": self.settings.name, "object": "model", "created": self.created, "owned_by": "gpt4v_jax",
+            "max_model_len": layout.context, "step": self.trained.step, "chats": self.trained.chats,
+            "modalities": ["text", *(name for name in ("image", "video", "audio") if layout.reads(name))],
+        }  # fmt: skip
+
+
+def of(http: Http) -> Server:
+    return http.app.state.server

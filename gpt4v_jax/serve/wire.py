@@ -1,0 +1,56 @@
+"""Bytes in and out: JSON bodies, replies, and work that ends when its client has gone."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Reply(Response):
+    """JSON; its text is ASCII, for a client may have sent half a surrogate pair, which UTF-8 cannot write."""
+
+    media_type = "application/json"
+
+    def __init__(self, value: Any, status: int = 200, headers: dict[str, str] | None = None):
+        super().__init__(encoded(value), status, headers)
+
+
+def encoded(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def decoded(body: bytes) -> Any:
+    """Raises ValueError for what is no JSON, for NaN and Infinity, and for what is too deep."""
+    def refuse(name: str):
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+async def while_there(receive: Callable[[], Awaitable[dict]], work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work`, which is cancelled when the client hangs up: then raises ClientGone. The body must be read."""
+    async def hung_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
