@@ -1,7 +1,6 @@
 """The HTTP server: OpenAI's endpoints over one trained model. docs/serve.md is for who uses it."""
 
 import contextlib
-import importlib.util
 import secrets
 from collections.abc import AsyncIterator
 
@@ -11,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from gpt4v_jax.serve import chat, completions, errors, schema, server, speech, tokens, vectors
+from gpt4v_jax.serve import chat, completions, errors, look, schema, server, speech, tokens, vectors
 from gpt4v_jax.serve.gate import Gate
 from gpt4v_jax.serve.server import Server, Settings
 from gpt4v_jax.serve.wire import Reply
@@ -36,13 +35,11 @@ def create(trained: Trained, engine, settings: Settings) -> FastAPI:
         app.include_router(part)
     if settings.moderation is not None:
         app.add_api_route("/v1/moderations", moderations, methods=["POST"])
-    if importlib.util.find_spec("gpt4v_jax.serve.look"):
-        from gpt4v_jax.serve import look
 
-        async def prompt_of(messages: list[dict]):
-            return await chat.prompt(app.state.server, chat.turns(messages, settings.max_media))
+    async def prompt_of(messages: list[dict]):
+        return await chat.prompt(app.state.server, chat.turns(messages, settings.max_media))
 
-        app.include_router(look.router(trained, prompt_of, most_bytes=settings.max_body))
+    app.include_router(look.router(trained, prompt_of, most_bytes=settings.max_body))
     return app
 
 
