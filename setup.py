@@ -28,7 +28,10 @@ MEDIA = ["av>=14.0", "soundfile>=0.13"]  # clips and sound
 SCORES = ["jiwer>=4.0", "sacrebleu>=2.5"]  # of speech and of translation
 # Output by a regular expression, choices or a JSON schema. 1.7 and 1.8 take all memory for {"minItems": 1000000000}.
 CONSTRAIN = ["llguidance>=1.9.1"]
-SERVE = [*MEDIA, *CONSTRAIN, "fastapi>=0.115", "idna>=3.10", "prometheus-client>=0.21", "python-multipart>=0.0.20", "uvicorn>=0.34"]
+SERVE = [
+    *MEDIA, *CONSTRAIN, "fastapi>=0.115", "idna>=3.10", "prometheus-client>=0.21", "python-multipart>=0.0.20",
+    "uvicorn>=0.34",
+]  # fmt: skip
 TEST = [
     *SCORES,
     *SERVE,

@@ -280,13 +280,14 @@ class Engine:
         text, n, finish = decode.ended(self.trained, r.prompt, ticket.tokens, ticket.room, r.stop, complete)
         safe = text if finish else text[: len(text) - _unsure(text, r.stop)]
         new, ticket.sent = safe[ticket.sent :], max(ticket.sent, len(safe))
-        more = {}
-        if n == len(ticket.tokens):  # else it is the one that ends the answer
+        more, said = {}, n == len(ticket.tokens)  # else it is an end token, or none
+        if said:
             more["tokens"] = (token,)
             self.counts["tokens_total"] += 1
-            if r.logprobs is not None:
-                top = decode.pairs(told.top[None, : r.logprobs], told.top_logprobs[None, : r.logprobs])
-                more |= {"logprobs": (float(told.logprobs),), "top": top}
+        if r.logprobs is not None and token >= 0:
+            top = decode.pairs(told.top[None, : r.logprobs], told.top_logprobs[None, : r.logprobs])
+            of = {"logprobs": (float(told.logprobs),), "top": top}
+            more |= of if said else {"end": ((token, *of["logprobs"], *top),)}
         if new or more or finish:
             self._tell(ticket, Delta(new, finish=finish, cached=ticket.cached, **more))
         if finish:

@@ -117,6 +117,7 @@ class Whole:
     top: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
     prompt_logprobs: tuple[float | None, ...] = ()
     prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    end: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
     finish: str | None = None
     cached: int = 0
 
@@ -126,6 +127,7 @@ class Whole:
             getattr(self, name).extend(getattr(delta, name))
         self.prompt_logprobs, self.prompt_top = (delta.prompt_logprobs or self.prompt_logprobs,
                                                  delta.prompt_top or self.prompt_top)  # fmt: skip
+        self.end = delta.end or self.end
         self.cached, self.finish = max(self.cached, delta.cached), delta.finish
         if delta.finish == "content_filter":
-            self.text, self.logprobs, self.top = "", [], []
+            self.text, self.logprobs, self.top, self.end = "", [], [], ()

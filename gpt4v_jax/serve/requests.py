@@ -35,6 +35,8 @@ class Delta:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()  # of the tokens
     top: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the most probable ones, (token, logprob)
+    # With log-probabilities: (token, logprob, top) of the end token, which is none of the answer's; () or one.
+    end: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
     finish: str | None = None  # of the last Delta: stop | length | forbidden | unreadable | cancelled | timeout | error
     prompt_logprobs: tuple[float | None, ...] = ()  # with `echo`, of the prompt's tokens; the first has none
     prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()

@@ -67,6 +67,8 @@ class Form:
         if self.wish.logprobs is None:
             return None
         tokens, logprobs, top = list(part.tokens[: len(part.logprobs)]), list(part.logprobs), list(part.top)
+        for token, logprob, best in part.end:  # as vLLM: who counts tokens counts on it (lm-evaluation-harness)
+            tokens, logprobs, top = [*tokens, token], [*logprobs, logprob], [*top, best]
         if echo and part.prompt_logprobs:
             tokens = self.prompts[k // self.wish.n].document.tokens.tolist() + tokens
             logprobs = [*part.prompt_logprobs, *logprobs]

@@ -324,6 +324,20 @@ def test_the_greedy_token_s_logprob_is_the_best_one_s(running, trained):
         assert not delta.tokens or delta.top == (((delta.tokens[0], delta.logprobs[0]),),)
 
 
+def test_the_end_token_is_told_with_its_logprob(trained):
+    """Beside the answer's tokens, not among them: lm-evaluation-harness counts on one more than the prompt's."""
+    prompt = ask(trained, "ab")
+    first = decode.generate(trained, [prompt], None, 1, logprobs=2)[0]
+    ends = make(end=first.tokens[0])
+    engine = Engine(ends, slots=1)
+    asked = Asked(engine, Request(prompt, None, 4, logprobs=2))
+    assert asked.said()[:4] == ("", (), (), "stop")
+    ((token, logprob, top),) = asked.deltas[-1].end
+    engine.close()
+    assert (token, top[0]) == (first.tokens[0], (token, logprob)) and len(top) == 2
+    np.testing.assert_allclose(logprob, first.logprobs[0], atol=1e-5)
+
+
 def test_stop_strings_that_reach_across_deltas(running, trained):
     """What may yet begin one is held back; the text joined is generate's."""
     for seed in range(4):
