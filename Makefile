@@ -69,7 +69,7 @@ soak: $(TEST)
 	  tests/training/test_step.py tests/training/test_objectives.py tests/training/test_contrastive.py tests/training/test_checkpoint.py \
 	  tests/training/test_optim.py tests/interop/test_parity.py tests/experiments \
 	  tests/model/test_gpt4v.py tests/model/test_fusion.py tests/generate/test_decode.py \
-	  tests/generate/test_beam.py tests/generate/test_speculative.py
+	  tests/generate/test_beam.py tests/generate/test_speculative.py tests/serve/test_engine.py
 	$(PY) -m benchmarks.exactness --shown $(SHOWN) --out docs/results
 
 modalities omni: $(TEST)
