@@ -7,7 +7,8 @@ compared:
     padded          the ragged requests in batches as they come; each goes on until its longest answer is done
     continuous      the same requests through serve.engine: a row that is free is given to the next one
 
-Each round runs all three; ratios are of the same round, the median of rounds counts.
+Each round runs all three, with matrices as the server holds them; ratios are of the same round, and the median of
+rounds counts.
 """
 
 import argparse
@@ -60,11 +61,11 @@ class NoText:
 
 def measure(rounds: int, requests: int, say=print) -> dict[str, list[tuple[int, float]]]:
     """-> of each way and each round (tokens that somebody wanted, seconds)."""
-    from gpt4v_jax.generate import decode, prompts
+    from gpt4v_jax.generate import decode, prompts, weights
     from gpt4v_jax.serve.engine import Engine
     from gpt4v_jax.serve.requests import Request
 
-    trained, wanted = model(), lengths(requests)
+    trained, wanted = weights.turned(model()), lengths(requests)  # as the server has them
     mean = round(statistics.mean(wanted))
     rng = np.random.default_rng(1)
     asked = [prompts.plain(rng.integers(0, 50257, PROMPT).tolist()) for _ in wanted]

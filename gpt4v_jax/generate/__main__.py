@@ -15,7 +15,7 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import command, config
 from gpt4v_jax.data import chat, mixture, sources
 from gpt4v_jax.data.transforms import BadMedium
-from gpt4v_jax.generate import beam, constrain, decode, int8, prompts, sample, speculative
+from gpt4v_jax.generate import beam, constrain, decode, prompts, sample, speculative, weights
 from gpt4v_jax.generate import draft as draft_lib
 from gpt4v_jax.training import workdir
 
@@ -73,8 +73,8 @@ _SAMPLING = {
         "guidance_scale": "above 1: away from what a second prompt would have",
     }.items()
 }  # fmt: skip
-_WEIGHTS = flags.DEFINE_enum("weights", "float32", ("float32", "int8"), "int8: a quarter of the memory, and faster; "
-                             "answers differ a little")  # fmt: skip
+_WEIGHTS = flags.DEFINE_enum("weights", "float32", weights.KINDS, "int8: a quarter of the memory, and faster; "
+                             "answers differ a little; w8a8: faster still, they differ more")  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 
 
@@ -94,9 +94,7 @@ def main() -> None:
         if flag.value and not layout.reads(name):
             raise config.InputError(f"the model in --workdir={folder} reads no {name}: leave --{name} out")
     files = [(name, _read(layout, name, path)) for name, flag in _FILES.items() for path in flag.value]
-    trained = workdir.restore(folder, _STEP.value)
-    if _WEIGHTS.value == "int8":
-        trained = int8.quantized(trained)
+    trained = weights.turned(workdir.restore(folder, _STEP.value), _WEIGHTS.value)
     words = tuple(tuple(trained.tokenizer.encode(word)) for word in _BAD_WORDS.value)
     sampling = sample.Sampling(**given, do_sample=_DO_SAMPLE.value, bad_words_ids=words)
     _grammar()  # so is a bad one
@@ -193,7 +191,7 @@ def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: 
     """Says, too, how much of what was proposed was accepted."""
     draft, more = speculative.Lookup(_LOOKUP.value if _LOOKUP.value is not None else 1), {}
     if _ASSISTANT.value is not None:
-        draft = workdir.restore(Path(_ASSISTANT.value))
+        draft = weights.turned(workdir.restore(Path(_ASSISTANT.value)))
         if prompt.media and files:  # it may lay media otherwise
             media, draft_read = prompts.attach(draft.layout, files)
             more = {"draft_prompts": [prompts.prompt(draft, _PROMPT.value, media)], "draft_read": draft_read}

@@ -112,6 +112,9 @@ def generate(
     # A prompt whose media cannot be read is padding: nothing answers it.
     there = there.reshape(-1, len(asks)).all(axis=0)  # of both prompts
     answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there]
+    for i, matcher in enumerate(matchers):
+        if not matcher.allowed().any():  # only the empty text matches, and no token ends it
+            answers[i] = answers[i] or Answer("", (), "stop")
     n = 1 if grammar else BLOCK  # tokens at a time
     for _ in range(0, max(room), n):
         done = jnp.array([answer is not None for answer in answers])

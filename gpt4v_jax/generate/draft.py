@@ -96,7 +96,8 @@ def kept(before: attention.Cache, after: attention.Cache, taken_B, T: int) -> at
     used = jnp.max(jnp.where(before.document > 0, places + 1, 0), axis=1)
 
     def move(x):
-        return attention.entered(x, jax.lax.dynamic_slice_in_dim(x, before.cursor, T, axis=1), used)
+        new = jax.lax.dynamic_slice_in_dim(x, before.cursor, T, axis=attention.slots(x))
+        return attention.entered(x, new, used)
 
     end = used + taken_B
     return after.replace(

@@ -13,6 +13,8 @@ from gpt4v_jax.generate import decode
 from gpt4v_jax.model import attention
 from gpt4v_jax.training.workdir import Trained
 
+RELATIVE = "this model's relative positions are a part of its attention that is not captured"
+
 
 @functools.partial(jax.jit, static_argnames="model")
 def _captured(model, params, batch):
@@ -36,6 +38,8 @@ def over_picture(trained: Trained, document: chat.Document, read, query: int, nu
     c = trained.run.model.decoder
     if layout.tokens:
         return np.zeros((0, rows, columns))
+    if c.buckets and layout.place == "stream":
+        raise config.InputError(RELATIVE)
     batch = packing.stack([packing.fill([document], read, layout)])
     out = _captured(trained.model.clone(layout=layout), trained.params, batch)
     step, index = np.cumsum(batch.ar, axis=1), np.cumsum(batch.document > 0, axis=1)

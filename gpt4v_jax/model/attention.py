@@ -3,6 +3,7 @@
 The alphabet is layers.py's. Attention: softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017, eq. 1).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,8 @@ from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 
 CHUNK = 64  # queries at a time: on a CPU the T x T scores of a chunk stay in the processor's cache
+BLOCK = 64  # keys at a time, of rows that decode each at a place of its own
+LARGE = 4096  # scores of two blocks, from which on XLA makes the same of every number of blocks at once
 MASKED = -1e30
 
 
@@ -26,7 +29,7 @@ class Cache:
     of different lengths need no shifting. `next_position` is one more than the largest position so far.
     """
 
-    k: tuple[jax.Array, ...]  # depth x [B,S,K,H]
+    k: tuple[jax.Array, ...]  # depth x [B,K,S,H]: as the products of a step read it, so that none moves it first
     v: tuple[jax.Array, ...]
     document: jax.Array  # [B,S] int32
     step: jax.Array  # [B,S] int32
@@ -35,7 +38,7 @@ class Cache:
     next_position: jax.Array  # [B,A] int32
     last_step: jax.Array  # [B] int32
     last_index: jax.Array  # [B] int32
-    memory: tuple[tuple[jax.Array, jax.Array], ...]  # k, v [B,M,K,H] of what each block with a memory reads; M grows
+    memory: tuple[tuple[jax.Array, jax.Array], ...]  # k, v [B,K,M,H] of what each block with a memory reads; M grows
     memory_parts: tuple[jax.Array, jax.Array, jax.Array]  # document, step, kind of the memory, [B,M] int32 each
 
 
@@ -43,7 +46,7 @@ def empty_cache(model: config.Backbone, rows: int, slots: int, axes: int = 1) ->
     """model: config.Model.decoder; axes: A of Batch.position."""
 
     def heads(n):
-        return jnp.zeros((rows, n, model.kv_heads, model.head_dim))
+        return jnp.zeros((rows, model.kv_heads, n, model.head_dim))
 
     kv, memory = (heads(slots),) * model.depth, ((heads(0), heads(0)),) * model.count(*config.READS)
     zeros, row, none = (jnp.zeros(shape, jnp.int32) for shape in ((rows, slots), rows, (rows, 0)))
@@ -51,11 +54,17 @@ def empty_cache(model: config.Backbone, rows: int, slots: int, axes: int = 1) ->
     return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), position, row, row, memory, (none, none, none))
 
 
+def slots(x) -> int:
+    """-> which axis of one of a cache's arrays, [B,S] or [B,K,S,H], is its slots."""
+    return max(x.ndim - 2, 1)
+
+
 def entered(x, new, cursor):
-    """-> x [B,S,...] with new [B,T,...] from the cursor, [] or [B], on."""
+    """-> x, [B,S] or [B,K,S,H], with `new` of T slots from the cursor, [] or [B], on."""
     if jnp.ndim(cursor):
-        return jax.vmap(lambda x, new, at: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=0))(x, new, cursor)
-    return jax.lax.dynamic_update_slice_in_dim(x, new, cursor, axis=1)
+        enter = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=slots(x) - 1)
+        return jax.vmap(enter)(x, new, cursor)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, cursor, axis=slots(x))
 
 
 def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, Cache]:
@@ -99,6 +108,7 @@ class Sight:
     k_kind: Any = None  # [B,S]: of each kind, from 1 on, a query sees only the keys of the latest step
     reach: int = flax.struct.field(pytree_node=False, default=0)
     cursor: Any = None  # with a cache: where this batch's k and v go
+    alone: bool = flax.struct.field(pytree_node=False, default=False)  # no bit depends on how many keys nobody sees
 
     def part(self, rows: slice, keys: slice) -> "Sight":
         """-> of these queries and these keys."""
@@ -236,26 +246,63 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
     return out.astype(v_BSKH.dtype)
 
 
-def _attend_one(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
-    """`_attend` of one query a row, by sums over the cache as it lies: for matrix products a CPU would first move its
-    heads in front of its slots, all of it at every step, which takes longer."""
-    B, _, K, G, H = q_BTKGH.shape
-    S, scale = k_BSKH.shape[1], H**-0.5 if scale is None else scale
-    heads, shared = ((K, G), (K, 1)) if G > 1 else ((K,), (K,))  # XLA's loops over an axis of 1 take six times as long
-
-    def spread(x_BX):
-        return x_BX.reshape(*x_BX.shape, *[1] * len(heads))
-
-    k, v = (x.reshape(B, S, *shared, H) for x in (k_BSKH, v_BSKH))
-    x = (q_BTKGH.reshape(B, 1, *heads, H) * scale * k).astype(jnp.float32).sum(-1)  # [B,S,*heads]
+def _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
+    """`_attend` in blocks all at once: each is the same product, and what sums them goes in one order, block by block
+    and, within one, by halves. Blocks that a row does not see add zeros."""
+    (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
+    N = S // BLOCK
+    scale = H**-0.5 if scale is None else scale
+    k, v = (x.swapaxes(1, 2).reshape(B, K, N, BLOCK, H) for x in (k_BSKH, v_BSKH))  # as the cache has them
+    x = jnp.einsum("BTKGH,BKbSH->BKbGTS", q_BTKGH * scale, k, preferred_element_type=jnp.float32)
     if cap:
         x = jnp.tanh(x / cap) * cap
     if bias_BNTS is not None:
-        x += bias_BNTS[:, :, 0].transpose(0, 2, 1).reshape(-1, S, *heads)
-    x += spread(jnp.where(mask_BTS[:, 0], 0.0, MASKED))
-    powers = jnp.exp(x - x.max(1, keepdims=True))
-    out = (powers[..., None] * v).sum(1) * (spread(mask_BTS.any(-1)[:, 0]) / powers.sum(1))[..., None]
-    return out.reshape(B, 1, K, G, H).astype(v_BSKH.dtype)
+        x += bias_BNTS.reshape(-1, K, G, T, N, BLOCK).transpose(0, 1, 4, 2, 3, 5)
+    x += jnp.where(mask_BTS, 0.0, MASKED).reshape(B, 1, T, N, 1, BLOCK).transpose(0, 1, 3, 4, 2, 5)
+    powers = jnp.exp(x - x.max((2, 5), keepdims=True))
+    outs = jnp.einsum("BKbGTS,BKbSH->BKbGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    totals = powers
+    while (half := totals.shape[-1] // 2) > 0:
+        totals = totals[..., :half] + totals[..., half:]
+    out, total = outs[:, :, 0], totals[:, :, 0]
+    for i in range(1, N):
+        out, total = out + outs[:, :, i], total + totals[:, :, i]
+    out = (out / total).transpose(0, 3, 1, 2, 4) * mask_BTS.any(-1)[:, :, None, None, None]
+    return out.astype(v_BSKH.dtype)
+
+
+def _attend_alone(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
+    """`_attend`, BLOCK keys at a time up to the last one that a row sees, with the same bits however many there are.
+
+    The order of a sum, and so its last bits, depend on its length: here each has the same length, and a block that a
+    row does not see changes nothing of it. Running largest score: Milakov & Gimelshein 2018, algorithm 3.
+    """
+    (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
+    behind = max(-S % BLOCK, 2 * BLOCK - S)  # a loop over one block would cut nothing, and be compiled otherwise
+    if behind:
+        k_BSKH, v_BSKH = (jnp.pad(x, ((0, 0), (0, behind), (0, 0), (0, 0))) for x in (k_BSKH, v_BSKH))
+        mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, behind)))
+        bias_BNTS = None if bias_BNTS is None else jnp.pad(bias_BNTS, ((0, 0), (0, 0), (0, 0), (0, behind)))
+
+    if B * K * G * T * 2 * BLOCK >= LARGE:
+        return _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS)
+
+    def one(i, carry):
+        largest_BKGT, total_BKGT, out_BTKGH = carry
+        k, v, mask, bias = (x if x is None else jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, axis)
+                            for x, axis in ((k_BSKH, 1), (v_BSKH, 1), (mask_BTS, 2), (bias_BNTS, 3)))  # fmt: skip
+        x = scores(q_BTKGH, k, mask, scale, cap, bias)
+        largest = jnp.maximum(largest_BKGT, x.max(-1))
+        kept, powers = jnp.exp(largest_BKGT - largest), jnp.exp(x - largest[..., None])
+        more = jnp.einsum("BKGTS,BSKH->BTKGH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = out_BTKGH * kept.transpose(0, 3, 1, 2)[..., None] + more
+        return largest, total_BKGT * kept + powers.sum(-1), out
+
+    last = jnp.max(jnp.where(mask_BTS, jnp.arange(1, S + behind + 1), 0))
+    start = jnp.full((B, K, G, T), MASKED), jnp.zeros((B, K, G, T)), jnp.zeros((B, T, K, G, H))
+    _, total, out = jax.lax.fori_loop(0, -(-last // BLOCK), one, start)
+    seen = mask_BTS.any(-1)[:, :, None, None]
+    return (out * (seen / jnp.where(seen, total.transpose(0, 3, 1, 2), 1))[..., None]).astype(v_BSKH.dtype)
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, window: int = 0, bias=None):
@@ -271,9 +318,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, w
         return jnp.zeros_like(q_BTNH)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     chunk = CHUNK if sight.cursor is None else T
-    # Of one row alone the heads are quick to move.
-    one = T == 1 and B > 1 and sight.cursor is not None and jax.default_backend() == "cpu"
-    how, out = _attend_one if one else _attend, []
+    how, out = _attend_alone if sight.alone else _attend, []
     for start in range(0, T, chunk):
         rows, keys = slice(start, min(start + chunk, T)), slice(0, S)
         if sight.cursor is None:

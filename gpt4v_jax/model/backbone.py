@@ -48,9 +48,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, position_BT, sight: attention.Sight, kv=None, bias=None, capture=False, memory_BSD=None,
                  route=None):  # fmt: skip
-        """-> ([B,T,D], (k, v), captured).
+        """-> ([B,T,D], what kv has become, captured).
 
-        kv: the cached k and v, which this stream's are written to at sight.cursor, or the memory's are put behind.
+        kv: the cached k and v [B,K,S,H], which the stream's are written to at sight.cursor, or the memory's put behind.
         memory_BSD: keys and values come from it, however wide it is; then x may be one query [B,1,D] for all positions.
         bias: of relative positions.
         """
@@ -69,18 +69,19 @@ class Attention(nn.Module):
             q, k = attention.rope(q, position_BT, *self.rope), attention.rope(k, position_BT, *self.rope)
         q, k, v = (shard(x, "batch", None, "heads") for x in (q, k, v))
         if kv is not None:
-            fresh = [x.astype(old.dtype) for x, old in zip((k, v), kv, strict=True)]
+            fresh = [x.astype(old.dtype).swapaxes(1, 2) for x, old in zip((k, v), kv, strict=True)]
             if memory_BSD is None:
-                k, v = (attention.entered(old, x, sight.cursor) for x, old in zip(fresh, kv, strict=True))
+                kv = tuple(attention.entered(old, x, sight.cursor) for x, old in zip(fresh, kv, strict=True))
             else:
-                k, v = (jnp.concatenate(pair, axis=1) for pair in zip(kv, fresh, strict=True))
+                kv = tuple(jnp.concatenate(pair, axis=2) for pair in zip(kv, fresh, strict=True))
+            k, v = (x.swapaxes(1, 2) for x in kv)
         q = jnp.broadcast_to(q, (*sight.q_step.shape, *q.shape[2:]))
         x_BTNH = attention.attend(q, k, v, sight, c.attention_scale or None, c.attention_cap, self.window, bias)
 
         def out(prefix, x):
             return Linear((c.heads, c.head_dim), (D,), "out" in c.bias, self.out_gain, name=f"{prefix}out")(x)
 
-        return routed(route, out, x_BTNH), (k, v), {"query": q, "key": k} if capture else {}
+        return routed(route, out, x_BTNH), kv, {"query": q, "key": k} if capture else {}
 
 
 class Block(nn.Module):

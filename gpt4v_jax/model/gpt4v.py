@@ -20,7 +20,7 @@ from gpt4v_jax.model import attention, fusion
 from gpt4v_jax.model.audio import AudioEmbed
 from gpt4v_jax.model.backbone import Backbone
 from gpt4v_jax.model.image import ImageEmbed
-from gpt4v_jax.model.layers import ACTIVATIONS, Int8, Kernel, Linear, Norm, Vector
+from gpt4v_jax.model.layers import ACTIVATIONS, Kernel, Linear, Norm, Turned, Vector
 from gpt4v_jax.model.text import TextEmbed
 from gpt4v_jax.model.video import VideoEmbed
 from gpt4v_jax.sharding import shard
@@ -30,14 +30,14 @@ from gpt4v_jax.sharding import shard
 class Head:
     """What makes logits of vectors; a loss may take it apart into pieces of the vocabulary."""
 
-    kernel: jax.Array | Int8  # [D,V]; tied [V,D]
+    kernel: jax.Array | Turned  # [D,V]; tied [V,D]
     bias: jax.Array | None  # [V]
     cap: float = flax.struct.field(pytree_node=False, default=0.0)
     tied: bool = flax.struct.field(pytree_node=False, default=False)
 
     def __call__(self, x):
         """[...,D] -> [...,V] float32."""
-        if isinstance(self.kernel, Int8):
+        if isinstance(self.kernel, Turned):
             x = self.kernel.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.vocab)
         else:
             kernel_DV = self.kernel.T if self.tied else self.kernel
@@ -52,7 +52,7 @@ class Head:
 
     @property
     def _axis(self) -> int:
-        return 0 if self.tied or isinstance(self.kernel, Int8) else 1
+        return 0 if self.tied or isinstance(self.kernel, Turned) else 1
 
     def columns(self, first, count: int) -> "Head":
         """-> the head of the tokens first, ..., first + count - 1."""
@@ -113,12 +113,13 @@ class GPT4V(nn.Module):
         """
         if cache is None:
             step = jnp.cumsum(batch.ar, axis=1)
-            sight = attention.within(batch.document, step, self.layout.reach)
+            sight, alone = attention.within(batch.document, step, self.layout.reach), False
         else:
             cursor = cache.cursor
+            alone = jnp.ndim(cursor) > 0  # rows that others come and go beside
             step, index, cache = attention.extend(cache, batch)
             sight = attention.Sight(
-                batch.document, step, cache.document, cache.step, index, cache.index, cursor=cursor
+                batch.document, step, cache.document, cache.step, index, cache.index, cursor=cursor, alone=alone
             )
 
         segments = [self.text(batch, step)]
@@ -143,7 +144,9 @@ class GPT4V(nn.Module):
                 parts = tuple(jnp.concatenate(pair, axis=1) for pair in zip(cache.memory_parts, parts, strict=True))
                 cache = cache.replace(memory_parts=parts)
             latest = parts[2] if self.config.fusion.latest else None
-            memory = found.x, attention.Sight(batch.document, step, *parts[:2], k_kind=latest, reach=parts[0].shape[1])
+            reach = parts[0].shape[1]
+            on_it = attention.Sight(batch.document, step, *parts[:2], k_kind=latest, reach=reach, alone=alone)
+            memory = found.x, on_it
         x = shard(self.embed_norm(fused.stream) if self.config.embed_norm else fused.stream, "batch")
         hidden, kvs, memory_kvs, out = self.backbone(
             x, batch.position, sight, cache, keys, capture, memory, fused.inject, fused.route

@@ -28,50 +28,72 @@ ACTIVATIONS = {
 GATED = ("swiglu", "geglu")  # the activated gate multiplies the values (Shazeer 2020)
 
 
-FEW = 32  # rows of a product up to which, on a CPU, integers are faster than kernels made float32
+FEW = 32  # rows of a product up to which, on a CPU, a convolution is faster, and integers than kernels made float32
 
 
 @flax.struct.dataclass
-class Int8:
-    """A matrix in 8 bits, outputs first, in place of a kernel or a table: row i is values[i] * scale[i]."""
+class Turned:
+    """A matrix with its outputs first, in place of a kernel or a table. In 8 bits row i is values[i] * scale[i]."""
 
-    values: jax.Array  # [outputs, inputs] int8, -127 to 127
-    scale: jax.Array  # [outputs] float32
+    values: jax.Array  # [outputs, inputs] float32, or int8 from -127 to 127
+    scale: jax.Array | None = None  # [outputs] float32, of int8
+    digits: int = flax.struct.field(pytree_node=False, default=2)  # of int8: how many of 8 bits hold a value of x
 
     def product(self, x):
-        """[N,inputs] -> [N,outputs] float32.
+        """[N,inputs] -> [N,outputs] float32."""
+        x, few = x.astype(jnp.float32), len(x) <= FEW and jax.default_backend() == "cpu"
+        if self.scale is not None and few:
+            return self._by_integers(x)
+        if few:
+            return _by_convolution(x, self.values)
+        y = jax.lax.dot_general(x, self.values.astype(x.dtype), _LAST)
+        return y if self.scale is None else y * self.scale
 
-        Of few rows on a CPU by integers, for XLA would write all of the matrix as float32 first, which takes longer
-        than to read it so. Each row is two digits of 8 bits times its largest value, 15 bits in all; sums are exact.
-        """
-        contract = (((1,), (1,)), ((), ()))
-        x = x.astype(jnp.float32)
-        if len(x) > FEW or jax.default_backend() != "cpu":
-            return jax.lax.dot_general(x, self.values.astype(x.dtype), contract) * self.scale
+    def _by_integers(self, x):
+        """Of few rows on a CPU, for XLA would write all of the matrix as float32 first, which takes longer than to
+        read it so. Each row is its largest value times digits of 8 bits, two are 15 bits in all; sums are exact."""
         unit = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-30) / 127
         high = jnp.round(x / unit)
-        low = jnp.round((x / unit - high) * 254)
-        digits = jnp.concatenate([high, low]).astype(jnp.int8)
-        sums = jax.lax.dot_general(digits, self.values, contract, preferred_element_type=jnp.int32)
-        high, low = jnp.split(sums.astype(jnp.float32), 2)
-        return (high + low / 254) * unit * self.scale
+        # One row alone would fall to a scalar loop: it has its second digit all the same.
+        low = [jnp.round((x / unit - high) * 254)] if self.digits == 2 or len(x) == 1 else []
+        digits = jnp.concatenate([high, *low]).astype(jnp.int8)
+        if len(digits) > 2:  # the order that XLA is faster in
+            sums = jax.lax.dot_general(self.values, digits, _LAST, preferred_element_type=jnp.int32).T
+        else:
+            sums = jax.lax.dot_general(digits, self.values, _LAST, preferred_element_type=jnp.int32)
+        sums = sums.astype(jnp.float32)
+        y = sums[: len(x)] + sums[len(x) :] / 254 if self.digits == 2 else sums[: len(x)]
+        return y * unit * self.scale
 
     def take(self, ids):
         """ids [...] -> rows [...,inputs] float32."""
-        return jnp.take(self.values, ids, axis=0) * jnp.take(self.scale, ids, axis=0)[..., None]
+        rows = jnp.take(self.values, ids, axis=0)
+        return rows if self.scale is None else rows * jnp.take(self.scale, ids, axis=0)[..., None]
+
+
+_LAST = (((1,), (1,)), ((), ()))  # dot_general's numbers where both matrices have their inputs last
+
+
+def _by_convolution(x, values):
+    """x [N,inputs], values [outputs,inputs] -> [N,outputs]: as a convolution of width 1 with `values` for the picture.
+
+    It is the same sums; XLA gives convolutions to another routine than products, which reads `values` as it lies.
+    """
+    y = jax.lax.conv_general_dilated(values[None], x.T[None], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+    return y[0].T
 
 
 def product(x, kernel):
-    """x [N,inputs], a kernel [inputs,outputs] or Int8 -> [N,outputs] in the kernel's dtype."""
-    return kernel.product(x) if isinstance(kernel, Int8) else x.astype(kernel.dtype) @ kernel
+    """x [N,inputs], a kernel [inputs,outputs] or Turned -> [N,outputs] in the kernel's dtype."""
+    return kernel.product(x) if isinstance(kernel, Turned) else x.astype(kernel.dtype) @ kernel
 
 
 class Matrix(nn.Module):
-    """A module with a matrix that may be Int8."""
+    """A module with a matrix that may be Turned."""
 
     def matrix(self, name: str, init, shape: tuple[int, ...]):
         found = self.get_variable("params", name)
-        return found if isinstance(found, Int8) else self.param(name, init, shape)
+        return found if isinstance(found, Turned) else self.param(name, init, shape)
 
 
 class Linear(Matrix):
@@ -94,7 +116,7 @@ class Linear(Matrix):
         rows = x.shape[: x.ndim - len(self.inputs)]
         if x.shape[len(rows) :] != self.inputs:
             raise ValueError(f"{self.path}: expected [..., {self.inputs}], got {x.shape}")
-        flat = kernel if isinstance(kernel, Int8) else kernel.reshape(fan_in, fan_out)
+        flat = kernel if isinstance(kernel, Turned) else kernel.reshape(fan_in, fan_out)
         y = product(x.reshape(-1, fan_in), flat)
         y = y.reshape(*rows, *self.outputs)
         return y + self.param("bias", nn.initializers.zeros, self.outputs).astype(y.dtype) if self.bias else y
@@ -129,7 +151,7 @@ class Table(Matrix):
         self.table = self.matrix("table", nn.initializers.normal(self.std), (self.rows, self.width))
 
     def __call__(self, ids):
-        if isinstance(self.table, Int8):
+        if isinstance(self.table, Turned):
             return self.table.take(ids)
         # Gathered whole first: from a table that lies in parts XLA would move every row's vectors to every device.
         return jnp.take(shard(self.table), ids, axis=0)

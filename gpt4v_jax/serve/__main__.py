@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from gpt4v_jax import command, config
-from gpt4v_jax.generate import int8
+from gpt4v_jax.generate import weights
 from gpt4v_jax.serve import api, guards, protocol
 from gpt4v_jax.serve import moderation as moderation_lib
 from gpt4v_jax.serve.engine import Engine
@@ -22,8 +22,8 @@ from gpt4v_jax.serve.server import Settings
 from gpt4v_jax.training import workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
-_WEIGHTS = flags.DEFINE_enum("weights", "float32", ("float32", "int8"), "int8: a quarter of the memory "
-                             "(docs/generate.md)", allow_override=True)  # fmt: skip
+_WEIGHTS = flags.DEFINE_enum("weights", "float32", weights.KINDS, "int8: a quarter of the memory; w8a8: "
+                             "faster still (docs/generate.md)", allow_override=True)  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "the address to listen at; 0.0.0.0: all of this machine's")
 _PORT = flags.DEFINE_integer("port", 8000, "0: a free one")
@@ -57,9 +57,7 @@ def main() -> None:
     keys = read_keys(_KEYS.value, os.environ.get("GPT4V_API_KEYS", ""))
     moderation = moderation_lib.load(Path(_MODERATION.value)) if _MODERATION.value is not None else None
     guard = guards.Guard(guards.Limits(tuple(_ALLOW_HOSTS.value)))
-    trained = workdir.restore(folder, _STEP.value)
-    if _WEIGHTS.value == "int8":
-        trained = int8.quantized(trained)
+    trained = weights.turned(workdir.restore(folder, _STEP.value), _WEIGHTS.value)
     settings = Settings(
         _NAME.value or folder.resolve().name, guard, moderation, keys=keys, seconds=_SECONDS.value,
         max_body=_MAX_BODY.value, max_media=_MAX_MEDIA.value, queued=_QUEUED.value, connections=_CONNECTIONS.value,

@@ -11,12 +11,14 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from gpt4v_jax.serve import chat, completions, errors, look, schema, server, speech, tokens, vectors
+from gpt4v_jax.serve.errors import ApiError
 from gpt4v_jax.serve.gate import Gate
 from gpt4v_jax.serve.server import Server, Settings
 from gpt4v_jax.serve.wire import Reply
 from gpt4v_jax.training.workdir import Trained
 
 router = APIRouter()
+MOST_TEXTS = 256  # of a request to /v1/moderations
 
 
 def create(trained: Trained, engine, settings: Settings) -> FastAPI:
@@ -37,7 +39,9 @@ def create(trained: Trained, engine, settings: Settings) -> FastAPI:
         app.add_api_route("/v1/moderations", moderations, methods=["POST"])
 
     async def prompt_of(messages: list[dict]):
-        return await chat.prompt(app.state.server, chat.turns(messages, settings.max_media))
+        turns = chat.turns(messages, settings.max_media)
+        app.state.server.check_lengths("messages", chat.texts(turns))
+        return await chat.prompt(app.state.server, turns)
 
     app.include_router(look.router(trained, prompt_of, most_bytes=settings.max_body))
     return app
@@ -74,6 +78,9 @@ async def moderations(http: Http) -> Response:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise schema.bad("input", value, "a text, or a list of texts")
+    if len(texts) > MOST_TEXTS:
+        raise ApiError(f"input has {len(texts)} texts: give at most {MOST_TEXTS}", "input", "invalid_value")
+    here.check_lengths("input", texts)
     moderation, results = here.settings.moderation, []
     for text in texts:
         scores = await here.in_thread(moderation.scores, text)

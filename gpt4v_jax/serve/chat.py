@@ -1,6 +1,7 @@
 """OpenAI's messages -> turns -> the prompt of a conversation, with the media in their places."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,9 +74,14 @@ def _parts(content: Any, where: str) -> list[str | Given]:
     return found
 
 
-def texts(turns: Sequence[Turn]) -> str:
-    """-> all that is said, for moderation."""
-    return "\n".join(part for _, parts in turns for part in parts if isinstance(part, str))
+def texts(turns: Sequence[Turn]) -> list[str]:
+    """-> what each side says at a time, for moderation: as the model reads it, with nothing between its parts, and,
+    of several parts, with lines between them, too, so that neither hides a word."""
+    found = []
+    for _, run in itertools.groupby(turns, lambda turn: turn[0] == "assistant"):
+        parts = [part for _, of_turn in run for part in of_turn if isinstance(part, str)]
+        found += dict.fromkeys(("".join(parts), "\n".join(parts)))
+    return found
 
 
 async def fetched(turns: Sequence[Turn], guard: Guard, layout: batch_lib.Layout,

@@ -29,7 +29,8 @@ async def chat_completions(http: Http) -> Response:
     turns = chat.turns(given.get("messages"), here.settings.max_media)
 
     async def prepared() -> list[Prompt]:
-        await here.check_text(chat.texts(turns))
+        for text in chat.texts(turns):
+            await here.check_text(text)
         return [Prompt(*await chat.prompt(here, turns))]
 
     found = await while_there(http.receive, prepared())
@@ -45,6 +46,7 @@ async def completions(http: Http) -> Response:
     if len(asked) * wish.n > here.settings.queued:
         raise ApiError(f"{len(asked)} prompts with {wish.n} answers each: at most {here.settings.queued} answers a "
                        "request", "prompt", "too_many_prompts")  # fmt: skip
+    here.check_lengths("prompt", asked)
 
     async def prepared() -> list[Prompt]:
         found = await here.in_thread(lambda: [text_prompt(here.trained, one) for one in asked])

@@ -204,12 +204,36 @@ class Engine:
                 self._waiting[user] = queue  # behind the others
         r = ticket.request
         self.counts["prompt_tokens_total"] += len(r.prompt) + len(r.prompt.source)
+        self._filling = ticket, iter(())  # so that it is ended, too, if this fails
         if r.echo:
             nats, top = score.prompt(self.trained, r.prompt, r.read, r.logprobs or 0)
             self._tell(ticket, Delta(prompt_logprobs=nats, prompt_top=top))
-        if not ticket.room:
-            return self._end(ticket, "length")
+        finish, error = self._over_at_once(ticket)
+        if finish:
+            self._filling = None
+            return self._end(ticket, finish, error)
         self._filling = ticket, prefix.filled(self.trained, r.prompt, r.read, self.longest, self.prefixes)
+
+    def _over_at_once(self, ticket: Ticket) -> tuple[str, str]:
+        """-> (how it ends before its first token, or "", an error)."""
+        if not ticket.room:
+            return "length", ""
+        error = self._grammar_error(ticket)
+        if error:
+            return "error", error
+        return "stop" if ticket.matcher and not ticket.matcher.allowed().any() else "", ""
+
+    @staticmethod
+    def _grammar_error(ticket: Ticket, token: int | None = None) -> str:
+        """Has the grammar of a request follow `token` -> what is wrong with it: one request's must end no other's."""
+        try:
+            if ticket.matcher:
+                if token is not None:
+                    ticket.matcher.advance(token)
+                ticket.matcher.allowed()  # is remembered
+        except (config.InputError, ValueError) as error:
+            return str(error)
+        return ""
 
     def _fill(self) -> None:
         ticket, chunks = self._filling
@@ -220,8 +244,8 @@ class Engine:
             return self._end(ticket, "unreadable" if isinstance(error, BadMedium) else "error", str(error))
         self.counts["chunks_total"] += 1
         if logits is not None:
-            self._filling = None
             self._admit(ticket, logits, cache)
+            self._filling = None
 
     def _admit(self, ticket: Ticket, logits, cache) -> None:
         row, prompt = self._live.index(None), ticket.request.prompt
@@ -275,7 +299,9 @@ class Engine:
         ticket.tokens.append(token)
         complete = False
         if ticket.matcher and token >= 0:
-            ticket.matcher.advance(token)
+            if error := self._grammar_error(ticket, token):
+                self._end(ticket, "error", error)
+                return True
             complete = ticket.matcher.finished
         text, n, finish = decode.ended(self.trained, r.prompt, ticket.tokens, ticket.room, r.stop, complete)
         safe = text if finish else text[: len(text) - _unsure(text, r.stop)]

@@ -19,7 +19,9 @@ from gpt4v_jax.data import clip, sound, transforms
 from gpt4v_jax.serve import fetch
 
 TYPES = {"image": ("image/",), "video": ("video/", "image/gif"), "audio": ("audio/",)}  # of data: URIs
-DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII | re.IGNORECASE)
+DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.+-]+=[\w.+-]+){0,8};base64,", re.ASCII | re.IGNORECASE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Of one medium each. hosts: whose https URLs are fetched: exact names, "*.example.org" for all names below one,
@@ -81,7 +83,7 @@ class Guard:
         """
         start = 0
         if text[:5].lower() == "data:":
-            head = DATA.match(text)
+            head = DATA.match(text[:512])
             if not head:
                 raise config.InputError(f"{modality}: a data: URI must look like data:TYPE;base64,... with a TYPE "
                                         f"of {TYPES[modality][0]}*")  # fmt: skip

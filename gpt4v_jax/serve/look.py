@@ -100,6 +100,8 @@ def why_not(trained: Trained) -> str:
     if trained.layout.tokens:
         return (f"A {trained.run.model.fusion.kind} stands between picture and text: what the text attends to are its "
                 f"{trained.layout.tokens} vectors, which have no place in the picture.")  # fmt: skip
+    if trained.run.model.decoder.buckets and trained.layout.place == "stream":
+        return f"No map: {attention.RELATIVE}."
     return ""
 
 

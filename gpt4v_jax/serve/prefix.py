@@ -115,7 +115,7 @@ def _taken(cache: attention.Cache, start, width: int) -> attention.Cache:
     """-> what a chunk of so many slots has added, beside what is known of the whole row."""
 
     def take(x):
-        return jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
+        return jax.lax.dynamic_slice_in_dim(x, start, width, axis=attention.slots(x))
 
     added = {name: jax.tree.map(take, getattr(cache, name)) for name in IN_SLOTS}
     return jax.tree.map(jnp.copy, cache).replace(**added)  # copies: the cache is donated to what reads the next chunk
@@ -124,7 +124,7 @@ def _taken(cache: attention.Cache, start, width: int) -> attention.Cache:
 @functools.partial(jax.jit, donate_argnames="cache")
 def _put(cache: attention.Cache, part: attention.Cache, start) -> attention.Cache:
     def put(x, new):
-        return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
+        return attention.entered(x, new, start)
 
     whole = {name: jax.tree.map(put, getattr(cache, name), getattr(part, name)) for name in IN_SLOTS}
     return jax.tree.map(jnp.copy, part).replace(**whole)

@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from starlette.requests import Request as Http
@@ -35,6 +35,9 @@ class Settings:
     connections: int = 256  # requests at a time, those of /health and /metrics not counted
     threads: int = 4  # that decode media and tokenize
     transcribe: str = "what is said?"  # what /v1/audio/transcriptions asks
+
+
+LEAST_TEXT, CHARACTERS = 2**16, 32  # characters of a text; of a long context so many for each position
 
 
 class Server:
@@ -82,8 +85,19 @@ class Server:
         if name not in (None, self.settings.name):
             raise errors.unknown_model(name, self.settings.name)
 
+    def check_lengths(self, where: str, texts: Iterable[Any]) -> None:
+        """Raises ApiError for a text that is too long to be looked at: to make tokens of it alone would hold up others.
+        What is none is passed over."""
+        most = max(LEAST_TEXT, CHARACTERS * self.trained.layout.context)
+        for text in texts:
+            if isinstance(text, str) and len(text) > most:
+                raise ApiError(f"{where} has a text of {len(text):,} characters: at most {most:,} are read, and this "
+                               f"model's context is {self.trained.layout.context} positions; shorten it", where,
+                               "context_length_exceeded")  # fmt: skip
+
     async def check_text(self, text: str, where: str = "messages") -> None:
         """Raises ApiError for what moderation refuses."""
+        self.check_lengths(where, [text])
         if self.settings.moderation is None:
             return
         category = await self.in_thread(self.settings.moderation.check, text, "request")

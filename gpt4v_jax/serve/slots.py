@@ -49,7 +49,9 @@ def resized(state: Slots, slots: int, memory: int) -> Slots:
 def _resized(state: Slots, slots: int, memory: int) -> Slots:
 
     def fit(x, n):
-        return jnp.pad(x[:, :n], [(0, 0), (0, max(n - x.shape[1], 0)), *[(0, 0)] * (x.ndim - 2)])
+        at = attention.slots(x)
+        x = jax.lax.slice_in_dim(x, 0, min(n, x.shape[at]), axis=at)
+        return jnp.pad(x, [(0, n - size if axis == at else 0) for axis, size in enumerate(x.shape)])
 
     cache = state.cache
     stream = {name: jax.tree.map(lambda x: fit(x, slots), getattr(cache, name))
@@ -64,7 +66,8 @@ def admit(state: Slots, row, logits, cache: attention.Cache, tokens, length, key
     prompt's, `length` of them. What is in the cache beyond the row's slots is left out."""
 
     def put(whole, one):
-        one = one[:, : whole.shape[1]].astype(whole.dtype)
+        at = attention.slots(whole)
+        one = jax.lax.slice_in_dim(one, 0, min(one.shape[at], whole.shape[at]), axis=at).astype(whole.dtype)
         fresh = jnp.zeros((1, *whole.shape[1:]), whole.dtype)
         fresh = jax.lax.dynamic_update_slice(fresh, one, (0,) * whole.ndim)
         return jax.lax.dynamic_update_slice_in_dim(whole, fresh, row, axis=0)

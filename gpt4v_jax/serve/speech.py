@@ -1,6 +1,7 @@
 """POST /v1/audio/transcriptions: a sound and a question about it, as a form."""
 
 import math
+import re
 
 from fastapi import APIRouter
 from starlette.datastructures import FormData, UploadFile
@@ -19,6 +20,9 @@ from gpt4v_jax.serve.wire import Reply, while_there
 FIELDS = {"model": schema.text, "prompt": schema.text, "response_format": schema.one_of("json", "text"),
           "temperature": schema.text, "language": schema.text, "stream": schema.one_of("false")}  # fmt: skip
 
+CHARSET = re.compile(r"""charset\s*=\s*["']?([^"';\s]*)""", re.IGNORECASE)
+FIELD = 2**16  # bytes of a field that is no file
+
 router = APIRouter()
 
 
@@ -28,8 +32,11 @@ async def transcriptions(http: Http) -> Response:
     kind = http.headers.get("content-type", "")
     if not kind.startswith("multipart/form-data"):
         raise ApiError(f"content-type is {shown(kind)}: send multipart/form-data", None, "content_type", 415)
+    charset = CHARSET.search(kind)
+    if charset and charset[1].lower() not in ("utf-8", "utf8"):  # some take quadratic time to decode
+        raise ApiError(f"content-type has the charset {shown(charset[1])}: send utf-8", None, "content_type", 415)
     try:
-        form = await http.form(max_files=1, max_fields=20, max_part_size=here.settings.max_body)
+        form = await http.form(max_files=1, max_fields=20, max_part_size=FIELD)
     except HTTPException as error:  # Starlette's, of a form that is none
         raise ApiError(f"the form cannot be read: {error.detail}", None, "invalid_form") from None
     try:

@@ -31,8 +31,10 @@ async def tokenize(http: Http) -> Response:
 async def _ids(here: Server, given: dict[str, Any]) -> list[int]:
     if "messages" in given:
         turns = chat.turns(given["messages"], here.settings.max_media)
+        here.check_lengths("messages", chat.texts(turns))
         return (await chat.prompt(here, turns))[0].tokens.tolist()
     tokenizer = here.trained.tokenizer
+    here.check_lengths("prompt", [given["prompt"]])
     with schema.naming("prompt"):
         return await here.in_thread(
             tokenizer.prompt if given.get("add_special_tokens", True) else tokenizer.encode, given["prompt"]

@@ -26,6 +26,7 @@ async def embeddings(http: Http) -> Response:
     asked = several("input", given.get("input"))
     if len(asked) > MOST:
         raise ApiError(f"input has {len(asked)} texts: give at most {MOST}", "input", "invalid_value")
+    here.check_lengths("input", asked)
     ids, found = await while_there(http.receive, here.in_thread(_embedded, here.trained, asked))
     usage = {"prompt_tokens": ids, "total_tokens": ids}
     here.count(http, usage | {"completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}})

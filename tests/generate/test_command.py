@@ -11,7 +11,7 @@ from gpt4v_jax import command
 from gpt4v_jax.data import sources
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.generate import decode
-from gpt4v_jax.model.layers import Int8
+from gpt4v_jax.model.layers import Turned
 from gpt4v_jax.training import workdir
 from tests.test_evaluate import folder  # noqa: F401
 
@@ -80,10 +80,11 @@ def test_weights_of_8_bits(folder, capsys, monkeypatch):  # noqa: F811
         return plain(trained, *args, **more)
 
     monkeypatch.setattr(decode, "generate", spy)
-    for more in ([], ["--weights=int8"]):
+    for more in ([], ["--weights=int8"], ["--weights=w8a8"]):
         asked = [f"--workdir={folder}", "--record=test:3", "--max_new_tokens=1", *more]
         assert say(capsys, monkeypatch, *asked)[0] == 0
-    assert [isinstance(table, Int8) for table in seen] == [False, True]
+    assert all(isinstance(table, Turned) for table in seen)
+    assert [(str(table.values.dtype), table.digits) for table in seen] == [("float32", 2), ("int8", 2), ("int8", 1)]
 
 
 def test_a_chat(folder, tmp_path, capsys, monkeypatch):  # noqa: F811

@@ -1,5 +1,7 @@
 """The mask law by brute force; attention in chunks, with shared kv-heads, with rope, and where nothing is seen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -248,15 +250,46 @@ def test_a_row_that_sees_nothing_is_zero():
         assert np.abs(np.asarray(grad)[0, 1:3]).max() > 0
 
 
-@pytest.mark.parametrize("kv_heads", (1, 2, 4))
-def test_one_query_a_row_by_sums(kv_heads):
-    """The sums of decoding are the products of `_attend`, with a cap, a bias and a row that sees nothing."""
-    rng = np.random.default_rng(kv_heads)
-    q = jnp.asarray(rng.normal(size=(3, 1, kv_heads, 4 // kv_heads, 8)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(3, 7, kv_heads, 8)), jnp.float32) for _ in "kv")
-    mask = jnp.asarray(rng.random((3, 1, 7)) < 0.6).at[1].set(False)
-    bias = jnp.asarray(rng.normal(size=(3, 4, 1, 7)), jnp.float32)
-    for scale, cap, added in ((None, 0.0, None), (0.7, 2.0, bias)):
-        one, plain = (f(q, k, v, mask, scale, cap, added) for f in (attention._attend_one, attention._attend))
-        assert one.shape == plain.shape and not one[1].any() and one[0].any()
-        np.testing.assert_allclose(one, plain, atol=1e-6)
+# ---- the cache
+
+
+def test_slots_are_entered_where_each_row_is():
+    """[B,S] and [B,K,S,H] alike, by one cursor and by one a row."""
+    for shape in ((2, 6), (2, 3, 6, 4)):
+        x, new = normal(0, *shape), normal(1, *(2 if n == 6 else n for n in shape))
+        for cursor, rows in ((jnp.int32(3), (3, 3)), (jnp.array([0, 4]), (0, 4))):
+            expected, written = (np.moveaxis(np.array(y), attention.slots(x), 1) for y in (x, new))
+            for b, at in enumerate(rows):
+                expected[b, at : at + 2] = written[b]
+            found = np.moveaxis(attention.entered(x, new, cursor), attention.slots(x), 1)
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("rows", "kv_heads", "heads", "width"), [
+    (3, 2, 4, 8), (3, 4, 4, 4), (1, 2, 2, 8), (2, 1, 4, 32), (8, 1, 4, 32), (3, 12, 12, 64)
+])  # fmt: skip
+def test_alone_no_bit_depends_on_how_many_keys_there_are(rows, kv_heads, heads, width):
+    """Of 60 keys in caches of other lengths, and beside a row that reaches further; and it is attention."""
+    q = normal(0, rows, 1, heads, width)
+    k, v = (normal(i, rows, kv_heads, 60, width) for i in (1, 2))
+    found, one, table = [], jnp.ones((rows, 1), jnp.int32), normal(3, 7, heads)
+
+    def bias(behind_BTS):
+        return table[behind_BTS % 7].transpose(0, 3, 1, 2)
+
+    @functools.partial(jax.jit, static_argnames="alone")
+    def attend(q, k, v, document, alone):
+        at = jnp.broadcast_to(jnp.arange(document.shape[1]), document.shape)
+        sight = attention.Sight(one, 9999 * one, document, at, 60 * one, at, cursor=60, alone=alone)
+        return attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), sight, cap=5.0, bias=bias)
+
+    for slots, far in ((64, False), (100, True), (128, False), (192, True), (1024, True)):
+        there = [jnp.pad(x, ((0, 0), (0, 0), (0, slots - 60), (0, 0))) for x in (k, v)]  # as a cache has them
+        document = jnp.zeros((rows, slots), jnp.int32).at[:, :60].set(1).at[0, :5].set(0)
+        if far and rows > 1:
+            document = document.at[-1, slots - 1].set(1)
+        found.append(np.asarray(attend(q, *there, document, True)))
+        plain = attend(q, *there, document, False)
+        np.testing.assert_allclose(found[-1], plain, atol=2e-6)
+    for other in found[1:]:
+        np.testing.assert_array_equal(other[: max(rows - 1, 1)], found[0][: max(rows - 1, 1)])

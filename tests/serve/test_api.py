@@ -8,11 +8,13 @@ import pytest
 
 from gpt4v_jax import config
 from gpt4v_jax.generate import embed
+from gpt4v_jax.serve import server
 from gpt4v_jax.serve.requests import Busy
 from tests.data.test_sound import encoded, wave
 from tests.serve import fake
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+LONG = "x" * (server.LEAST_TEXT + 1)  # characters, of which no tokens are made
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,10 @@ def test_transcriptions():
         failed(client.post("/v1/audio/transcriptions", content=b"x",
                            headers={"content-type": "multipart/form-data"}), 400)  # fmt: skip
         failed(client.post("/v1/audio/transcriptions", files=sound, data={"model": "x"}), 404)
+        failed(client.post("/v1/audio/transcriptions", files=sound, data={"prompt": "x" * 70_000}), 400)
+        for charset in ("punycode", '"idna"', "UTF-7"):
+            failed(client.post("/v1/audio/transcriptions", content=b"--x--", headers={
+                "content-type": f"multipart/form-data; boundary=x; charset={charset}"}), 415)  # fmt: skip
 
 
 def test_tokens(client):
@@ -182,6 +188,10 @@ def raw(body: bytes, kind: str = "application/json"):
     (CHAT, {"json": fake.say(model="\ud800")}, 404, "model_not_found"),
     (CHAT, {"json": {"messages": []}}, 400, "invalid_value"), (CHAT, {"json": {}}, 400, "invalid_value"),
     (CHAT, {"json": fake.say("x" * 200)}, 400, "context_length_exceeded"),
+    *((path, {"json": given}, 400, "context_length_exceeded") for path, given in (
+        (COMPLETION, {"prompt": ["a", LONG]}), ("/v1/embeddings", {"input": ["a", LONG]}), (CHAT, fake.say(LONG)),
+        ("/tokenize", {"prompt": LONG}), ("/tokenize", fake.say(LONG)),
+    )),
     (CHAT, {"json": fake.say(max_tokens=125)}, 400, "context_length_exceeded"),
     (CHAT, {"json": fake.say("\ud800")}, 400, None),
     (CHAT, {"json": {"messages": [{"role": "assistant", "content": "x"}]}}, 400, None),

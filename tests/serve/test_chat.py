@@ -43,7 +43,7 @@ def test_turns():
     turns = chat.turns(said, 4)
     assert [role for role, _ in turns] == ["system", "user", "assistant", "user"]
     assert turns[1][1][0].modality == "image" and turns[1][1][1] == "hi"
-    assert chat.texts(turns) == "be brief\nhi\nyes\nwhy"
+    assert chat.texts(turns) == ["be briefhi", "be brief\nhi", "yes", "why"]
 
 
 def test_media_lie_where_the_messages_have_them():

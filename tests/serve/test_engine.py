@@ -299,6 +299,18 @@ def test_a_failed_turn_is_not_the_end(running, trained, monkeypatch, caplog):
     assert together(running, [Request(ask(trained, "a"), None, 5, DRAWN)])[0].finish == "length"
 
 
+@pytest.mark.parametrize("where", ("admit", "prompt"))
+def test_a_request_that_fails_before_it_has_a_row_is_told(running, trained, monkeypatch, where):
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((slots_lib, "admit", fails) if where == "admit" else (engine_lib.score, "prompt", fails)))
+        asked = Asked(running, Request(ask(trained, "ab"), None, 2, echo=where == "prompt"))
+        assert asked.said().finish == "error"
+    assert together(running, [Request(ask(trained, "ab"), None, 2)])[0].finish == "length"
+
+
 # ---- what is told
 
 
@@ -372,6 +384,32 @@ def test_grammars_beside_free_answers(trained):
     for request, answer in zip(held, mixed[1:], strict=True):
         alone = decode.generate(trained, [request.prompt], None, 6, DRAWN, [request.seed], grammar=request.grammar)[0]
         assert answer.text in ("cab", "dad") and (answer.text, answer.finish) == (alone.text, alone.finish)
+
+
+def test_a_grammar_that_fails_ends_its_own_answer(trained, monkeypatch):
+    """In the middle of it, and the others go on. One that only the empty text matches ends before its first token."""
+    letters = tokenizer_lib.train("char", ["".join(sorted(LETTERS))], 0).inner
+    trained = dataclasses.replace(make(context=24, size=0), tokenizer=tokenizer_lib.Tokenizer(letters))
+    engine, real, masks = Engine(trained, slots=3), constrain.Matcher._compute, []
+    free = Request(ask(trained, "ab"), None, 6, DRAWN, 5)
+    held = dataclasses.replace(free, grammar=constrain.regex("a{5}"))
+    plain = together(engine, [free])[0]
+
+    def fails(matcher):
+        masks.append(matcher.grammar)
+        if masks[-1] == held.grammar and masks.count(held.grammar) == 3:
+            raise config.InputError("too many states")
+        return real(matcher)
+
+    monkeypatch.setattr(constrain.Matcher, "_compute", fails)
+    empty = dataclasses.replace(free, grammar=constrain.regex("a{0}"))
+    other, asked, nothing = (Asked(engine, request) for request in (free, held, empty))
+    assert other.said() == plain._replace(cached=other.said().cached)
+    assert asked.said().finish == "error" and len(asked.said().tokens) == 1
+    assert nothing.said()[:2] == ("", ()) and nothing.said().finish == "stop"
+    alone = decode.generate(trained, [empty.prompt], None, 6, DRAWN, [5], grammar=empty.grammar)[0]
+    assert (alone.tokens, alone.finish) == ((), "stop")
+    engine.close()
 
 
 @pytest.mark.parametrize("change, named", [

@@ -40,6 +40,7 @@ def test_data_uris(modality, text):
     "or image/gif"),
     ("image", f"data:text/html;base64,{TEXT}", "must be image/"), ("image", f"data:;base64,{TEXT}", "must look like"),
     ("image", f"data:image/png,{TEXT}", "must look like"), ("image", "data:image/png;base64", "must look like"),
+    ("image", f"data:image/png{';a=b' * 9};base64,{TEXT}", "must look like"),
     ("image", "data:", "must look like"), ("image", f"data:image/png;base64;{TEXT}", "must look like"),
     ("image", "data:image/png;base64,", "no bytes"), ("audio", "", "no bytes"),
     *(("image", "data:image/png;base64," + bad, "damaged base64") for bad in (

@@ -172,7 +172,7 @@ def test_what_the_page_is_told_of_a_model(trained):
 def test_models_without_a_place_for_patches():
     """The page says why, and so does the endpoint, before anything is decoded."""
     for values, message in (({**tiny.FUSIONS["q_former"]}, "q_former stands between"),
-                            ({"size": 0}, "reads no pictures")):  # fmt: skip
+                            ({"size": 0}, "reads no pictures"), ({"buckets": 8}, "relative positions")):  # fmt: skip
         got = client(made(**values)).post("/look", json={"messages": [asked("?")], "answer": "red"})
         assert got.status_code == 400 and message in got.json()["error"]["message"]
 

@@ -104,9 +104,15 @@ def test_a_refused_answer_keeps_what_was_looked_at(engine, says):
 
 def test_a_refused_request_does_not_reach_the_engine(engine, caplog):
     with fake.client(engine, moderation=fake.words()) as client, caplog.at_level("INFO"):
-        for path, body in ((CHAT, fake.say("a badword")), (COMPLETION, {"prompt": ["fine", "badword"]})):
+        parts = [{"type": "text", "text": text} for text in ("a bad", "word")]
+        said = [{"role": "system", "content": "be bad"}, {"role": "user", "content": "word"}]
+        lines = [{"type": "text", "text": text} for text in ("fine", "badword", "fine")]  # read as finebadwordfine
+        for path, body in ((CHAT, fake.say("a badword")), (COMPLETION, {"prompt": ["fine", "badword"]}),
+                           (CHAT, fake.say(parts)), (CHAT, {"messages": said}), (CHAT, fake.say(lines))):  # fmt: skip
             error = client.post(path, json=body)
             assert error.status_code == 400 and error.json()["error"]["code"] == "content_filter"
+        for many in (["x"] * 257, ["x" * 70_000]):
+            assert client.post("/v1/moderations", json={"input": many}).status_code == 400
         body = client.post("/v1/moderations", json={"input": ["fine", "badword"]}).json()
     assert [result["flagged"] for result in body["results"]] == [False, True]
     assert body["results"][1]["category_scores"] == {"rude": 1.0}
