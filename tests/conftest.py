@@ -1,5 +1,6 @@
 """JAX for tests: on the CPU, with compiled programs kept in .cache/jax; no network, no files from elsewhere."""
 
+import gc
 import json
 import os
 import sys
@@ -85,6 +86,17 @@ def no_mesh():
     """A run leaves its mesh set: each test starts without one."""
     yield
     jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mappings():
+    """A compiled program takes several of the 65,530 memory mappings that Linux gives a process, and one without any
+    left dies: a worker forgets its programs long before. They are read from .cache/jax where they are needed again."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

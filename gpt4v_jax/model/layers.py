@@ -57,8 +57,9 @@ class Turned:
         # One row alone would fall to a scalar loop: it has its second digit all the same.
         low = [jnp.round((x / unit - high) * 254)] if self.digits == 2 or len(x) == 1 else []
         digits = jnp.concatenate([high, *low]).astype(jnp.int8)
-        if len(digits) > 2:  # the order that XLA is faster in
-            sums = jax.lax.dot_general(self.values, digits, _LAST, preferred_element_type=jnp.int32).T
+        if len(digits) > 2:  # the order that XLA is faster in, unless it makes one loop of product and transpose
+            sums = jax.lax.dot_general(self.values, digits, _LAST, preferred_element_type=jnp.int32)
+            sums = jax.lax.optimization_barrier(sums).T
         else:
             sums = jax.lax.dot_general(digits, self.values, _LAST, preferred_element_type=jnp.int32)
         sums = sums.astype(jnp.float32)

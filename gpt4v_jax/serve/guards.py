@@ -33,7 +33,7 @@ class Limits:
     redirects: int = 3
     downloads: int = 8  # at a time
     pixels: int = 16_000_000  # of a picture
-    frames: int = clip.FRAME_LIMIT  # of a clip
+    frames: int = 3600  # of a clip: two minutes at 30 a second
     frame_pixels: int = 9_000_000  # of one frame: 4096x2160 fit
     clip_pixels: int = 2_000_000_000  # of all frames, as all are decoded to find some
     clip_bytes: int = 2**28  # of RGB that the model's frames of a clip take

@@ -1,0 +1,480 @@
+"""Bad input at a live server: python -m benchmarks.bad_input [--quick] [--out docs/results]
+
+The server is `python -m gpt4v_jax.serve`, with two keys. Whoever has one asks well: a question about a picture, an
+answer of 64 tokens, again and again, from a process of its own. Whoever has the other sends each kind of bad input,
+again as soon as it is answered. What is told of each kind: the status, the message, and how long the good answers took
+beside those just before, when nothing else was asked. The model is of random weights: its answers do not matter here.
+"""
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.train_step import ALLOCATOR, machine
+
+KEYS = {"good": "good" * 4, "bad": "bad!" * 4}
+TOKENS = 64  # of a good answer
+SECONDS = 300.0  # after which a client of ours gives up
+BARS = {"times": 2.0, "mebibytes": 300, "slot_seconds": 2.0, "end_seconds": 10.0}
+# A model of 12.5 M parameters that reads pictures, clips and sounds, after a step of training.
+TRAIN = [
+    "--config=configs/quickstart.py", "--config.data.name=digits_world/small", "--config.steps=1", "--config.batch=2",
+    "--config.model.context=1024", "--config.model.backbone.depth=6", "--config.model.backbone.width=384",
+    "--config.model.backbone.heads=6", "--config.model.video.size=40", "--config.model.video.patch=20",
+    "--config.model.video.frames=8", "--config.model.video.tubelet=2", "--config.model.audio.bins=80",
+    "--config.model.audio.patch=4", "--config.model.audio.seconds=6.0", "--config.data.video.per_row=1",
+    "--config.data.audio.per_row=1", "--config.data.audio.patches=200", "--config.eval.evaluators=()",
+    "--config.eval.best=",
+]  # fmt: skip
+
+
+# ---- what is sent
+
+
+def picture(side: int, mode: str = "RGB") -> bytes:
+    from PIL import Image
+
+    Image.new(mode, (side, side), "grey" if mode == "RGB" else 0).save(file := io.BytesIO(), "png", optimize=True)
+    return file.getvalue()
+
+
+def gif(frames: int) -> bytes:
+    from PIL import Image
+
+    shown = [Image.new("L", (8, 8), n * 37 % 256) for n in range(frames)]
+    shown[0].save(file := io.BytesIO(), "gif", save_all=True, append_images=shown[1:])
+    return file.getvalue()
+
+
+def silence(hours: int) -> bytes:
+    """-> FLAC, which holds silence in next to nothing."""
+    import av
+    import numpy as np
+
+    with av.open(file := io.BytesIO(), "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.int16), "s16", "mono")
+        frame.rate = 8000
+        for _ in range(hours * 3600 * 8000 // 4096):
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def shown(*urls: str, kind: str = "image_url", text: str = "what is it?") -> dict:
+    parts = [{"type": kind, kind: {"url": url}} for url in urls]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], "max_tokens": 8}
+
+
+def chat(text="hi", **more) -> dict:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 8} | more
+
+
+def schema(of) -> dict:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": of}})
+
+
+def nested(depth: int) -> bytes:
+    """-> the body of a chat: Python's own json cannot write it."""
+    whole = json.dumps(schema("HERE")).encode()
+    return whole.replace(b'"HERE"', b'{"type": "object", "properties": {"a": ' * depth + b"{}" + b"}}" * depth)
+
+
+ADDRESSES = [
+    "127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0.0.0.0", "[::1]",
+    "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "169.254.169.254", "10.0.0.1", "192.168.0.1", "172.16.0.1", "[fe80::1]",
+    "[fd00::1]", "user@localhost", "localhost.", "ⓛocalhost",
+]  # fmt: skip
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of bad input: its requests, or what else to do, and the statuses that are right."""
+
+    name: str
+    bodies: tuple = ()  # JSON, or bytes as they are
+    statuses: tuple[int, ...] = (400,)
+    path: str = CHAT
+    headers: dict = dataclasses.field(default_factory=dict)
+    act: Callable | None = None  # act(address) -> (statuses, what is to be said), in place of bodies
+
+
+def kinds(victim: int, folder: Path) -> list[Kind]:
+    """victim: a port at which somebody counts who comes; folder: of a file that nobody may read."""
+    (folder / "secret.png").write_bytes(picture(8))
+    (folder / "link.png").symlink_to(folder / "secret.png")
+    png, bomb, hours, frames = picture(64), picture(12_000, "L"), silence(2), gif(5_000)
+    files = [f"file://{folder}/secret.png", f"{folder}/secret.png", "../../secret.png", f"file://{folder}/link.png",
+             "file:///etc/passwd"]  # fmt: skip
+    hosts = [f"{scheme}://{host}:{port}/x.png" for host in ADDRESSES for scheme, port in
+             (("http", victim), ("https", victim), ("https", 443))]  # fmt: skip
+    loop = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+    tree = {"$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}}, "$ref": "#/$defs/a"}
+    return [
+        Kind("bad JSON, an array, an empty body", (b"{", b"[]", b"", b"nul", b'{"a":}')),
+        Kind("a wrong content type", (b"hello",), (415,), headers={"Content-Type": "text/plain"}),
+        Kind("an unknown model", (chat(model="gpt-9"),), (404,)),
+        Kind('n = 0, -1, 1e9, "3"', tuple(chat(n=n) for n in (0, -1, 10**9, "3"))),
+        Kind("max_tokens -1, 1e9", tuple(chat(max_tokens=n) for n in (-1, 10**9))),
+        Kind("a prompt over the context", (chat("word " * 5_000),)),
+        Kind("temperature -1, NaN", (chat(temperature=-1), b'{"messages": [{"role": "user", "content": "a"}], '
+                                     b'"temperature": NaN}')),
+        Kind("top_p 0, 2", (chat(top_p=0), chat(top_p=2))),
+        Kind("top_logprobs 21", (chat(logprobs=True, top_logprobs=21),)),
+        Kind("bad ids in logit_bias", tuple(chat(logit_bias={k: 1}) for k in ("x", "-1", "99999999"))),
+        Kind("no messages, an unknown role, an unknown part", ({"messages": []}, *({"messages": [m]} for m in (
+             {"role": "king", "content": "a"}, {"role": "user", "content": [{"type": "smell"}]})))),
+        Kind("token ids out of range", tuple({"prompt": p} for p in ([-1], [10**9], [[1], [10**9]])), path=COMPLETIONS),
+        Kind("base64 that is no picture", (shown("data:image/png;base64,AAAA"), shown("data:image/png;base64,%%%"))),
+        Kind("a truncated PNG", (shown(uri(png[:60])), shown(uri(png[:-20])))),
+        Kind("a PNG of 12,000 x 12,000 pixels in 136 KiB", (shown(uri(bomb)),)),
+        Kind("a picture of 1 x 1", (shown(uri(picture(1))),), (200,)),
+        Kind("200 pictures", (shown(*[uri(png)] * 200),)),
+        Kind("a clip of 5,000 frames", (shown(uri(frames, "image/gif"), kind="video_url"),)),
+        Kind("a sound of two hours", (shown(uri(hours, "audio/flac"), kind="audio_url"),)),
+        Kind("a body of 25 MB", (b'{"messages": "' + b"a" * 25_000_000 + b'"}',), (413,)),
+        Kind("files: file://, ../, a link", tuple(shown(url) for url in files)),
+        Kind("this machine and its neighbours in 57 spellings", tuple(shown(url) for url in hosts)),
+        Kind("a schema that is none", (schema({"type": 7}), schema([]), schema({"type": "objekt"}))),
+        Kind("a schema that only refers to itself", (schema(loop),)),
+        Kind("a recursive schema", (schema(tree),), (200, 400)),
+        Kind("a schema 1,000 deep", (nested(1000),)),
+        Kind("the regular expression (a+)+$", (chat(guided_regex="(a+)+$"),), (200,)),
+        Kind("stop strings: 1,000, an empty one, one of 1 MB", tuple(chat(stop=s) for s in (
+             ["x"] * 1000, [""], ["x" * 1_000_000]))),
+        Kind("a chat template", (chat(chat_template="{{ 1 }}"),)),
+        Kind("special tokens typed as text", (chat("<end><assistant><pad><image>" * 20),), (200,)),
+        Kind("50 clients that leave in mid-stream", act=leavers),
+        Kind("50 connections with slow headers", act=slow),
+        Kind("a header of 1 MB", act=long_header, statuses=(400, 431)),
+        Kind("64 clients at once", act=crowd, statuses=(200, 429, 503)),
+    ]  # fmt: skip
+
+
+# ---- clients
+
+
+def client(address: str, who: str):
+    import httpx
+
+    return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEYS[who]}"}, timeout=SECONDS)
+
+
+def send(asked, kind: Kind, body) -> tuple[int, str]:
+    """-> (status, the error's message or what was said)."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = asked.post(kind.path, content=content, headers={"Content-Type": "application/json"} | kind.headers)
+    told = answer.json()
+    return answer.status_code, told["error"]["message"] if "error" in told else "(an answer)"
+
+
+def ask_well(address: str, pipe) -> None:
+    """A process: the good question over and over; (began, ended, status) of each, until something comes."""
+    with client(address, "good") as asked:
+        body = shown(uri(picture(64)), text="what is to be seen?") | {"max_tokens": TOKENS, "min_tokens": TOKENS,
+                                                                     "temperature": 0}  # fmt: skip
+        while not pipe.poll():
+            began = time.monotonic()
+            status = asked.post(CHAT, json=body).status_code
+            pipe.send((began, time.monotonic(), status))
+
+
+def stream_and_leave(address: str) -> None:
+    body = json.dumps(chat("count", stream=True) | {"max_tokens": 500, "min_tokens": 500}).encode()
+    with socket.create_connection(_pair(address), SECONDS) as wire:
+        wire.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n" % (CHAT.encode(), KEYS["bad"].encode(), len(body)) + body)
+        seen = b""
+        while seen.count(b"data: ") < 3 and (more := wire.recv(4096)):
+            seen += more
+
+
+def leavers(address: str) -> tuple[list[int], str]:
+    """All come at once; the last one's leaving to the last row's freedom is what is timed."""
+    threads = [threading.Thread(target=stream_and_leave, args=(address,)) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    left = time.monotonic()
+    while gauge(address, "running") + gauge(address, "waiting") > 1:  # the good one's
+        time.sleep(0.02)
+    took = time.monotonic() - left
+    return [400 if took < BARS["slot_seconds"] else 0], f"{took:.2f} s after the last left their rows were free"
+
+
+def slow(address: str) -> tuple[list[int], str]:
+    wires = [socket.create_connection(_pair(address), SECONDS) for _ in range(50)]
+    began, closed = time.monotonic(), 0
+    for wire in wires:
+        wire.sendall(b"POST / HTTP/1.1\r\n")
+    while time.monotonic() - began < 8:
+        for wire in wires:
+            wire.sendall(b"X: y\r\n")
+        time.sleep(0.5)
+    for wire in wires:
+        wire.settimeout(6)
+        try:
+            closed += wire.recv(1) == b""
+        except ConnectionResetError:
+            closed += 1
+        except TimeoutError:
+            pass
+        wire.close()
+    return [400 if closed == 50 else 0], f"{closed} of 50 were closed within 14 s"
+
+
+def long_header(address: str) -> tuple[list[int], str]:
+    with socket.create_connection(_pair(address), SECONDS) as wire:
+        try:
+            wire.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n")
+            first = wire.recv(4096)
+        except (ConnectionResetError, BrokenPipeError):
+            return [400], "closed while it was sent"
+    found = re.match(rb"HTTP/1.1 (\d+)", first)
+    return [int(found[1]) if found else 400], "" if found else "closed"
+
+
+def crowd(address: str) -> tuple[list[int], str]:
+    statuses, waits = [], []
+
+    def one():
+        with client(address, "bad") as asked:
+            answer = asked.post(CHAT, json=chat("count") | {"max_tokens": TOKENS, "min_tokens": TOKENS})
+            statuses.append(answer.status_code)
+            waits.append(answer.headers.get("Retry-After"))
+
+    threads = [threading.Thread(target=one) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    fine = all(status == 200 or wait for status, wait in zip(statuses, waits, strict=True))
+    counts = ", ".join(f"{statuses.count(status)} x {status}" for status in sorted(set(statuses)))
+    return statuses if fine else [0], counts
+
+
+def _pair(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    return host, int(port)
+
+
+def gauge(address: str, name: str) -> float:
+    with client(address, "bad") as asked:
+        return float(re.search(rf"^gpt4v_engine_{name} (\S+)", asked.get("/metrics").text, re.M)[1])
+
+
+# ---- the run
+
+
+@dataclasses.dataclass
+class Found:
+    name: str
+    sent: int
+    statuses: list[int]
+    right: bool
+    said: str
+    times: list[float]  # the good answers' beside it, over the median of those just before
+    mebibytes: float  # resident, afterwards
+
+
+def resident(pid: int) -> float:
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def measure(workdir: Path, quick: bool, say=print) -> dict:
+    """-> {"found": [Found], "alone": seconds of good answers, "mebibytes": (before, after), "hits": of the victim,
+    "end": seconds from SIGTERM under load to the end, "status": of the process}."""
+    least = 2 if quick else 5
+    with tempfile.TemporaryDirectory() as name, socket.create_server(("127.0.0.1", 0)) as victim:
+        folder = Path(name)
+        keys = folder / "keys"
+        keys.write_text("".join(f"{who} {key}\n" for who, key in KEYS.items()))
+        hits = []
+        threading.Thread(target=lambda: [hits.append(victim.accept()) for _ in range(10**6)], daemon=True).start()
+        command = [sys.executable, "-m", "gpt4v_jax.serve", f"--workdir={workdir}", "--port=0", f"--api_keys={keys}",
+                   "--allow_hosts=*", "--name=it"]  # fmt: skip
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            line = ""
+            while "http://" not in line:
+                line = server.stdout.readline() or sys.exit("error: the server did not start; run it by hand: "
+                                                            + " ".join(command))  # fmt: skip
+            address = re.search(r"http://[^/\s]+", line)[0]
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            pipe, far = multiprocessing.get_context("spawn").Pipe()
+            good = multiprocessing.get_context("spawn").Process(target=ask_well, args=(address, far), daemon=True)
+            good.start()
+            alone = _well(pipe, 4 * least)[least:]  # after what it compiles
+            cases = kinds(victim.getsockname()[1], folder)
+            with client(address, "bad") as asked:  # what compiles for a kind is no part of what others notice
+                for kind in () if quick else cases:
+                    for body in kind.bodies[:1]:
+                        send(asked, kind, body)
+            before, found = resident(server.pid), []
+            for kind in cases:
+                rest = statistics.median(_well(pipe, least))
+                found.append(_beside(kind, address, pipe, least, rest, server.pid))
+                say(line_of(found[-1]), flush=True)
+            alone += _well(pipe, least)
+            after = resident(server.pid)
+            threading.Thread(target=crowd_to_the_end, args=(address,), daemon=True).start()
+            while gauge(address, "running") < 8:
+                time.sleep(0.02)
+            server.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            status = server.wait(30)
+            ended = time.monotonic() - began
+            good.kill()
+        finally:
+            server.kill()
+        return {"found": found, "alone": alone, "mebibytes": (before, after), "hits": len(hits), "end": ended,
+                "status": status}  # fmt: skip
+
+
+def crowd_to_the_end(address: str) -> None:
+    with contextlib.suppress(Exception):  # the server ends beneath it
+        crowd(address)
+
+
+def _well(pipe, count: int) -> list[float]:
+    """-> seconds of the next `count` good answers that begin from now on."""
+    now, found = time.monotonic(), []
+    while len(found) < count:
+        began, ended, status = pipe.recv()
+        if status != 200:
+            sys.exit(f"error: a good request was answered with {status}")
+        if began >= now:
+            found.append(ended - began)
+    return found
+
+
+def _beside(kind: Kind, address: str, pipe, least: int, rest: float, pid: int) -> Found:
+    """Sends a kind over and over until `least` good answers have begun and ended beside it."""
+    statuses, said, over = [], "", threading.Event()
+    seconds: list[float] = []
+
+    def count():
+        seconds.extend(_well(pipe, least))
+        over.set()
+
+    counting = threading.Thread(target=count, daemon=True)
+    counting.start()
+    sent = 0
+    with client(address, "bad") as asked:
+        while not over.is_set():
+            if kind.act:
+                got, said = kind.act(address)
+                statuses += got
+                sent += 1
+            for body in kind.bodies:
+                status, message = send(asked, kind, body)
+                statuses.append(status)
+                said = said or message
+                sent += 1
+    counting.join()
+    return Found(kind.name, sent, sorted(set(statuses)), set(statuses) <= set(kind.statuses), said,
+                 [s / rest for s in seconds], resident(pid))  # fmt: skip
+
+
+# ---- the report
+
+
+def line_of(found: Found) -> str:
+    statuses = ", ".join(map(str, found.statuses)) if found.statuses != [0] else "-"
+    said = " ".join(found.said.split()).replace("|", "\\|")
+    said = said if len(said) <= 110 else said[:107] + "..."
+    return (f"| {found.name} | {found.sent} | {statuses}{'' if found.right else ' **wrong**'} | {said} | "
+            f"{statistics.median(found.times):.2f} | {max(found.times):.2f} | {found.mebibytes:.0f} |")  # fmt: skip
+
+
+def lines(result: dict) -> list[str]:
+    found, (before, after) = result["found"], result["mebibytes"]
+    slower = [f.name for f in found if statistics.median(f.times) > BARS["times"]]
+    wrong = [f.name for f in found if not f.right]
+    worst = max(found, key=lambda f: statistics.median(f.times))
+    most, alone = max(f.mebibytes for f in found), 1000 * statistics.median(result["alone"])
+    return [
+        "| bad input | sent | status | the first message | good answers: median x | worst x | MiB |",
+        "|---|---:|---|---|---:|---:|---:|",
+        *map(line_of, found),
+        "",
+        f"- answered as they should be: {len(found) - len(wrong)} of {len(found)} kinds"
+        + (f"; wrong: {'; '.join(wrong)}" if wrong else ""),
+        f"- a good answer of {TOKENS} tokens takes {alone:.0f} ms alone; beside bad input at most "
+        f"{statistics.median(worst.times):.2f} x in the median ({worst.name}), a single one "
+        f"{max(max(f.times) for f in found):.2f} x; medians above {BARS['times']:g}: {'; '.join(slower) or 'none'}",
+        f"- memory: {before:.0f} MiB before, {most:.0f} at most after a kind, {after:.0f} at the end: "
+        f"{most - before:+.0f} (bar +{BARS['mebibytes']})",
+        f"- connections that came to the port that must not be reached: {result['hits']}",
+        f"- SIGTERM under 64 clients: ended after {result['end']:.1f} s (bar {BARS['end_seconds']:g}) with status "
+        f"{result['status']}",
+    ]  # fmt: skip
+
+
+PAGE = """# Bad input at a live server
+
+Made by `{command}`.
+
+{about}
+
+`python -m gpt4v_jax.serve` with a model of 12.5 M parameters that reads pictures, clips and sounds, and two users. One
+asks about a picture and gets {tokens} tokens, one request after the other; the other one sends bad input, each kind
+again as soon as it was answered, until {least} good answers have come and gone beside it. "x" is their time over the
+median of the {least} just before, when nobody else asked; both clients run on the server's own cores. Redirects to
+forbidden addresses need a host that may be asked: tests/serve/test_fetch.py has them.
+
+{table}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bad_input", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="a folder for bad_input.md")
+    parser.add_argument("--workdir", type=Path, help="a run to serve, in place of a random model")
+    parser.add_argument("--quick", action="store_true", help="2 good answers beside each kind: does it work?")
+    args = parser.parse_args()
+    os.environ.setdefault("GLIBC_TUNABLES", ALLOCATOR)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    about = machine()
+    with tempfile.TemporaryDirectory() as made:
+        workdir = args.workdir or Path(made) / "run"
+        if not args.workdir:
+            subprocess.run([sys.executable, "-m", "gpt4v_jax.train", f"--workdir={workdir}", *TRAIN], check=True)
+        result = measure(workdir, args.quick)
+    about["load"] += f", {os.getloadavg()[0]:.1f} at the end"
+    print("\n".join(lines(result)))
+    if args.out:
+        facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
+        command = "python -m benchmarks.bad_input " + " ".join(sys.argv[1:])
+        page = PAGE.format(command=command, about=facts, tokens=TOKENS, least=2 if args.quick else 5,
+                           table="\n".join(lines(result)))  # fmt: skip
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "bad_input.md").write_text(page)
+        print(f"\nwritten: {args.out}/bad_input.md")
+
+
+if __name__ == "__main__":
+    main()
