@@ -39,7 +39,7 @@ def create(trained: Trained, engine, settings: Settings) -> FastAPI:
         app.add_api_route("/v1/moderations", moderations, methods=["POST"])
 
     async def prompt_of(messages: list[dict]):
-        turns = chat.turns(messages, settings.max_media)
+        turns = await app.state.server.in_thread(chat.turns, messages, settings.max_media)
         app.state.server.check_lengths("messages", chat.texts(turns))
         return await chat.prompt(app.state.server, turns)
 

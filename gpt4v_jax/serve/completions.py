@@ -26,7 +26,7 @@ async def chat_completions(http: Http) -> Response:
     here = server.of(http)
     given = await here.read(http, schema.CHAT)
     wish = schema.asked(given, here.trained.run.model.vocab)
-    turns = chat.turns(given.get("messages"), here.settings.max_media)
+    turns = await here.in_thread(chat.turns, given.get("messages"), here.settings.max_media)
 
     async def prepared() -> list[Prompt]:
         for text in chat.texts(turns):

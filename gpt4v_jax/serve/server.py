@@ -37,6 +37,9 @@ class Settings:
     transcribe: str = "what is said?"  # what /v1/audio/transcriptions asks
 
 
+# Values of a body, and lists and objects, which take ten times as long: to parse it holds up all threads, the engine's
+# among them.
+MOST_VALUES, MOST_OPENED = 1_000_000, 100_000
 LEAST_TEXT, CHARACTERS = 2**16, 32  # characters of a text; of a long context so many for each position
 
 
@@ -72,11 +75,7 @@ class Server:
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(f"content-type is {errors.shown(kind)}: send application/json", None, "content_type", 415)
-        try:
-            body = await self.in_thread(wire.decoded, await http.body())
-        except ValueError as error:
-            raise ApiError(f"the body is no JSON: {error}", None, "invalid_json") from None
-        given = schema.read(body, kinds)
+        given = await self.in_thread(parsed, await http.body(), kinds)
         self.check_model(given.get("model", given.get("engine")))
         return given
 
@@ -122,6 +121,19 @@ class Server:
             "max_model_len": layout.context, "step": self.trained.step, "chats": self.trained.chats,
             "modalities": ["text", *(name for name in ("image", "video", "audio") if layout.reads(name))],
         }  # fmt: skip
+
+
+def parsed(body: bytes, kinds: dict[str, schema.Kind]) -> dict[str, Any]:
+    """-> the fields of a JSON body, checked. Raises ApiError, for one with too many values before it is parsed."""
+    commas, opened = wire.counted(body)
+    for count, what, most in ((commas, "values", MOST_VALUES), (opened, "lists and objects", MOST_OPENED)):
+        if count > most:
+            raise ApiError(f"the body has {count:,} {what}: at most {most:,} are read; send several requests", None,
+                           "body_too_large", 413)  # fmt: skip
+    try:
+        return schema.read(wire.decoded(body), kinds)
+    except ValueError as error:
+        raise ApiError(f"the body is no JSON: {error}", None, "invalid_json") from None
 
 
 def of(http: Http) -> Server:

@@ -8,7 +8,7 @@ import pytest
 
 from gpt4v_jax import config
 from gpt4v_jax.generate import embed
-from gpt4v_jax.serve import server
+from gpt4v_jax.serve import server, wire
 from gpt4v_jax.serve.requests import Busy
 from tests.data.test_sound import encoded, wave
 from tests.serve import fake
@@ -179,10 +179,13 @@ def raw(body: bytes, kind: str = "application/json"):
     (CHAT, raw(b""), 400, "invalid_json"),
     (CHAT, raw(b"\xff\xfe"), 400, "invalid_json"), (CHAT, raw(b"3"), 400, "invalid_type"),
     (CHAT, raw(b'{"temperature": NaN}'), 400, "invalid_json"), (CHAT, raw(b'{"top_p": 1e999}'), 400, "invalid_value"),
-    (CHAT, raw(b"[" * 1_000_000), 400, "invalid_json"), (CHAT, raw(b'{"a":' * 100_000), 400, "invalid_json"),
+    (CHAT, raw(b"[" * 100_000), 400, "invalid_json"), (CHAT, raw(b'{"a":' * 100_000), 400, "invalid_json"),
     (CHAT, raw(b'{"n": ' + b"9" * 10_000 + b"}"), 400, "invalid_json"),
     (CHAT, raw(b"{}", "text/plain"), 415, "content_type"), (CHAT, {"content": b"{}"}, 415, "content_type"),
     (CHAT, raw(b" " * 3_000_001), 413, "body_too_large"),
+    (CHAT, raw(b"[" + b"1," * 1_000_001 + b"1]"), 413, "body_too_large"),
+    (CHAT, raw(b"[" + b"[],{}," * 50_000 + b"1]"), 413, "body_too_large"),
+    (CHAT, raw('{"a": "é"}'.encode("utf-16")), 400, "invalid_json"),
     (CHAT, raw(iter([b"x" * 1_000_000] * 9)), 413, "body_too_large"),
     (CHAT, {"json": fake.say(model="other")}, 404, "model_not_found"),
     (CHAT, {"json": fake.say(model="\ud800")}, 404, "model_not_found"),
@@ -227,6 +230,28 @@ def test_bad_requests(client, path, sent, status, code):
         sent = raw(json.dumps(sent["json"]).encode())
     failed(client.post(path, **sent), status, code)
     assert client.post(CHAT, json=fake.say()).status_code == 200
+
+
+@pytest.mark.parametrize("text", [
+    '[1, 2, [3, {"a": [], "b": {}}]]', r'["a,[{", "\"", ",", "\\", ",\\\"[,", {",": "{"}]', '"a,[{"', "1",
+])  # fmt: skip
+def test_values_are_counted_before_a_body_is_parsed(text):
+    """Of n values n - 1 have a comma before them, but for the first of each list and object."""
+    def count(value) -> tuple[int, int]:
+        if not isinstance(value, list | dict):
+            return 0, 0
+        within = [count(one) for one in (value.values() if isinstance(value, dict) else value)]
+        commas, opened = map(sum, zip(*within, strict=True)) if within else (0, 0)
+        return commas + max(len(value) - 1, 0), opened + 1
+
+    assert wire.counted(text.encode()) == count(json.loads(text))
+
+
+def test_marks_within_a_text_are_no_values(client):
+    said = fake.say(metadata={"a": ',[{"\\' * 200_000})
+    assert client.post(CHAT, json=said).status_code == 200
+    ids = client.post("/detokenize", json={"tokens": fake.trained().tokenizer.encode("x") * 500_000})
+    assert ids.json()["prompt"] == "x" * 500_000
 
 
 @pytest.mark.parametrize("error, status, header", [
