@@ -2,10 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 from starlette.requests import Request as Http
@@ -15,6 +16,7 @@ from gpt4v_jax.serve.errors import ApiError
 from gpt4v_jax.serve.guards import Guard
 from gpt4v_jax.serve.metrics import Metrics
 from gpt4v_jax.serve.moderation import Moderation
+from gpt4v_jax.serve.requests import Busy
 from gpt4v_jax.training.workdir import Trained
 
 T = TypeVar("T")
@@ -51,17 +53,40 @@ class Server:
         self.metrics, self.created = Metrics(engine), int(time.time())
         self.following: set = set()  # follow.Following that are not at their end
         self.closing = False
+        self.computing = 0  # requests within `beside`
         # Not anyio's threads: what is cancelled there gives its place back while its thread goes on.
         self._pool = concurrent.futures.ThreadPoolExecutor(settings.threads, "serve")
+        self._one = concurrent.futures.ThreadPoolExecutor(1, "beside")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Awaits what would hold up the event loop. Settings.threads at a time; what is cancelled while it waits is
         never begun."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
+    @contextlib.asynccontextmanager
+    async def beside(self) -> AsyncIterator[None]:
+        """Around what a request has the model compute beside the engine, by `in_turn`: it has Settings.seconds, and no
+        more than Settings.queued requests do so or wait for it. Raises Busy, and ApiError for what takes too long."""
+        if self.computing >= self.settings.queued:
+            raise Busy(f"{self.computing} requests wait already: try again later", min(1.0 + self.computing, 30.0))
+        self.computing += 1
+        try:
+            async with asyncio.timeout(self.settings.seconds):
+                yield
+        except TimeoutError:
+            raise ApiError(f"the request took longer than {self.settings.seconds:g} s: ask for less at a time, or try "
+                           "again later", None, "timeout", 503, {"Retry-After": "30"}) from None  # fmt: skip
+        finally:
+            self.computing -= 1
+
+    async def in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `in_thread`, one at a time, in the order in which they come."""
+        return await asyncio.get_running_loop().run_in_executor(self._one, function, *arguments)
+
     def close(self) -> None:
         self.cut()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._one):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.settings.guard.close()
 
     def cut(self) -> None:

@@ -68,7 +68,7 @@ def test_bodies_share_a_budget(monkeypatch):
     app = fake.app(engine, max_body=2500)
     for _ in range(2):
         call(app, Wire(large, engine.begun))
-        assert engine.tickets.pop().gone.is_set()
+        assert engine.tickets.pop().gone.wait(10)
         engine.begun.clear()
     with TestClient(app) as client:
         first = threading.Thread(target=client.post, args=(CHAT,), kwargs={"json": large})
