@@ -131,6 +131,8 @@ TOKENIZE: dict[str, Kind] = {"model": text, "prompt": text, "messages": anything
                              "add_generation_prompt": one_of(True), "return_token_strs": flag}  # fmt: skip
 DETOKENIZE: dict[str, Kind] = {"model": text, "tokens": anything}
 MODERATION: dict[str, Kind] = {"model": text, "input": anything}
+LOOK: dict[str, Kind] = {"model": text, "messages": anything, "answer": anything, "token": whole(0, 2**31 - 1),
+                         "picture": whole(0, 2**31 - 1)}  # fmt: skip
 
 # OpenAI's fields that mean nothing here, and change no answer.
 IGNORED = ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
