@@ -291,6 +291,5 @@ def requests(wish: Asked, prompt: chat.Document, read: prompts.Read | None, cont
         raise make(f"the prompt has {len(prompt)} positions (media included), {len(prompt) + wish.max_tokens} with "
                    f"max_tokens={wish.max_tokens}: the model's context is {context}")
     limit = room if wish.max_tokens is None else wish.max_tokens
-    one = Request(prompt, read, limit, wish.sampling, wish.seed, wish.stop, wish.logprobs, wish.echo, wish.grammar,
-                  **more)  # fmt: skip
+    one = Request(prompt, read, limit, wish.sampling, wish.seed, wish.stop, wish.logprobs, wish.grammar, **more)
     return [dataclasses.replace(one, seed=wish.seed + i) for i in range(wish.n)]

@@ -27,6 +27,7 @@ class Prompt:
     document: chat.Document
     read: prompts.Read | None = None
     text: str = ""  # for echo
+    scored: tuple[Sequence[float | None], Sequence[shapes.Top]] | None = None  # by generate.score, for echo, too
 
 
 class Form:
@@ -69,10 +70,10 @@ class Form:
         tokens, logprobs, top = list(part.tokens[: len(part.logprobs)]), list(part.logprobs), list(part.top)
         for token, logprob, best in part.end:  # as vLLM: who counts tokens counts on it (lm-evaluation-harness)
             tokens, logprobs, top = [*tokens, token], [*logprobs, logprob], [*top, best]
-        if echo and part.prompt_logprobs:
-            tokens = self.prompts[k // self.wish.n].document.tokens.tolist() + tokens
-            logprobs = [*part.prompt_logprobs, *logprobs]
-            top = [*(part.prompt_top or [()] * len(part.prompt_logprobs)), *top]
+        prompt = self.prompts[k // self.wish.n]
+        if echo and prompt.scored:
+            before, best = prompt.scored
+            tokens, logprobs, top = prompt.document.tokens.tolist() + tokens, [*before, *logprobs], [*best, *top]
         found, self._offset[k] = shapes.legacy_logprobs(self.names, tokens, logprobs, top, self._offset.get(k, 0))
         return found
 

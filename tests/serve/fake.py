@@ -58,12 +58,7 @@ class FakeEngine:
             said = said.partition(stop)[0]
         if len(said) > request.max_new_tokens:
             said, finish = said[: request.max_new_tokens], "length"
-        prompt = request.prompt.tokens.tolist() if request.echo else []
-        told = {} if request.logprobs is None or not prompt else {
-            "prompt_logprobs": (None, *[-2.0] * (len(prompt) - 1)),
-            "prompt_top": ((), *[((t + 1, -1.0), (t, -2.0))[: request.logprobs] for t in prompt[1:]]),
-        }  # fmt: skip
-        told["cached"] = 3
+        told = {"cached": 3}
         for char in said:
             (token,) = self.tokenizer.encode(char)
             if request.logprobs is not None:
@@ -79,6 +74,12 @@ class FakeEngine:
 
     def stats(self) -> dict[str, float]:
         return {"running": 1.0, "steps_total": 4.0}
+
+
+def scored(trained, document, read, most: int):
+    """What generate.score tells of a prompt, without a model."""
+    others = document.tokens.tolist()[1:]
+    return (None, *[-2.0] * len(others)), ((), *[((t + 1, -1.0), (t, -2.0))[:most] for t in others])
 
 
 def words() -> moderation.Moderation:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import config
-from gpt4v_jax.generate import embed
+from gpt4v_jax.generate import embed, score
 from gpt4v_jax.serve import server, wire
 from gpt4v_jax.serve.requests import Busy
 from tests.data.test_sound import encoded, wave
@@ -83,8 +83,9 @@ def test_completions_of_many_prompts(client):
     assert body["object"] == "text_completion"
 
 
-def test_echo_scores_the_prompt(client):
+def test_echo_scores_the_prompt(client, monkeypatch):
     """A character of two bytes is two tokens, which begin at the same place; max_tokens=0 says nothing more."""
+    monkeypatch.setattr(score, "prompt", fake.scored)
     for more, said in (({"max_tokens": 0}, ""), ({}, fake.SAYS)):
         (choice,) = client.post(COMPLETION, json={"prompt": "éh", "echo": True, "logprobs": 1} | more).json()["choices"]
         told = choice["logprobs"]
@@ -94,6 +95,19 @@ def test_echo_scores_the_prompt(client):
         assert told["top_logprobs"][:2] == [None, {"bytes:\\xaa": -1.0, "bytes:\\xa9": -2.0}]
         assert told["text_offset"] == [0, 0, 1, *range(2, 2 + len(said))]
         assert choice["finish_reason"] == ("stop" if said else "length")
+
+
+def test_a_prompt_is_scored_once_and_only_for_logprobs(client, monkeypatch):
+    seen = []
+    monkeypatch.setattr(score, "prompt", lambda *asked: seen.append(asked[1]) or fake.scored(*asked))
+    body = {"prompt": ["éh", "x"], "echo": True, "n": 2}
+    assert [choice["text"] for choice in client.post(COMPLETION, json=body).json()["choices"]] == [
+        text + fake.SAYS for text in ("éh", "éh", "x", "x")]  # fmt: skip
+    assert not seen
+    choices = client.post(COMPLETION, json=body | {"logprobs": 1}).json()["choices"]
+    assert len(seen) == 2 and [len(choice["logprobs"]["tokens"]) for choice in choices] == [8, 8, 6, 6]
+    with fake.client(queued=4, seconds=0.0) as late:
+        failed(late.post(COMPLETION, json=body | {"logprobs": 1}), 503, "timeout")
 
 
 def test_a_chosen_token_is_among_the_top(client):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from gpt4v_jax.generate import score
 from tests.serve import fake
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -39,7 +40,8 @@ def test_a_chat_joined_is_the_whole_answer(engine):
         assert logprobs == expected[k]["logprobs"]["content"]
 
 
-def test_a_completion_joined_is_the_whole_answer(engine):
+def test_a_completion_joined_is_the_whole_answer(engine, monkeypatch):
+    monkeypatch.setattr(score, "prompt", fake.scored)
     body = {"prompt": ["éh", "x"], "echo": True, "logprobs": 1, "seed": 1}
     *chunks, _ = streamed(engine, COMPLETION, body)
     expected = whole(engine, COMPLETION, body)["choices"]
