@@ -1,6 +1,7 @@
 """Answers as OpenAI's bodies, whole or in pieces, and the pieces as server-sent events."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import secrets
@@ -39,7 +40,7 @@ class Form:
         self.wish, self.prompts, self.names = wish, prompts, shapes.names_of(server.trained.tokenizer)
         self._head = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time()),
                       "model": server.settings.name}  # fmt: skip
-        self._offset: dict[int, int] = {}
+        self._places = collections.defaultdict(shapes.Place)  # by choice
 
     def body(self, choices: list[dict], usage: dict) -> dict[str, Any]:
         return self._head | {"object": self.kind, "choices": choices, "usage": usage}
@@ -74,8 +75,7 @@ class Form:
         if echo and prompt.scored:
             before, best = prompt.scored
             tokens, logprobs, top = prompt.document.tokens.tolist() + tokens, [*before, *logprobs], [*best, *top]
-        found, self._offset[k] = shapes.legacy_logprobs(self.names, tokens, logprobs, top, self._offset.get(k, 0))
-        return found
+        return shapes.legacy_logprobs(self.names, tokens, logprobs, top, self._places[k])
 
 
 class ChatForm(Form):

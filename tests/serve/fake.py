@@ -33,7 +33,8 @@ class Ticket:
 
 
 class FakeEngine:
-    """Says `says`, a character a Delta with its byte's token, at most the request's room, cut at its stop strings.
+    """Says `says`, a byte's token a Delta, with its character if it is the last one of it, at most the request's room,
+    cut at its stop strings.
 
     hold: an event that each answer waits for before its last Delta, or its cancellation. error: raised by submit.
     """
@@ -59,8 +60,8 @@ class FakeEngine:
         if len(said) > request.max_new_tokens:
             said, finish = said[: request.max_new_tokens], "length"
         told = {"cached": 3}
-        for char in said:
-            (token,) = self.tokenizer.encode(char)
+        spelt = [(char, self.tokenizer.encode(char)) for char in said]
+        for char, token in [(char * (i == len(ids) - 1), id) for char, ids in spelt for i, id in enumerate(ids)]:
             if request.logprobs is not None:
                 others = tuple((token + k, -0.5 - k) for k in range(request.logprobs))
                 told |= {"logprobs": (-0.5,), "top": (others,)}

@@ -52,6 +52,16 @@ def test_a_completion_joined_is_the_whole_answer(engine, monkeypatch):
             assert [value for c in mine for value in c["logprobs"][name]] == values
 
 
+def test_offsets_wait_for_whole_characters(engine):
+    """Each of a character's tokens begins where it does, and so does what is behind it."""
+    engine.says = "aé€b"
+    body = {"prompt": "x", "logprobs": 0}
+    *chunks, _ = streamed(engine, COMPLETION, body)
+    (choice,) = whole(engine, COMPLETION, body)["choices"]
+    joined = [at for chunk in chunks for at in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert joined == choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
+
+
 def test_usage_comes_last_where_it_is_asked_for(engine):
     body = fake.say(n=2)
     *chunks, last, _ = streamed(engine, CHAT, body | {"stream_options": {"include_usage": True}})
