@@ -26,6 +26,8 @@ async def chat_completions(http: Http) -> Response:
     here = server.of(http)
     given = await here.read(http, schema.CHAT)
     wish = schema.asked(given, here.trained.run.model.vocab)
+    if wish.n > (most := here.settings.queued):  # the queue would never have room for all
+        raise ApiError(f"n={wish.n} must be at most {most} here: so many answers may wait", "n", "invalid_value")
     turns = await here.in_thread(chat.turns, given.get("messages"), here.settings.max_media)
 
     async def prepared() -> list[Prompt]:

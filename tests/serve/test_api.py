@@ -268,6 +268,14 @@ def test_marks_within_a_text_are_no_values(client):
     assert ids.json()["prompt"] == "x" * 500_000
 
 
+def test_more_answers_than_may_wait():
+    """Would be refused for ever: that is no 429."""
+    with fake.client(queued=3) as client:
+        error = failed(client.post(CHAT, json=fake.say(n=4)), 400, "invalid_value")
+        assert error["param"] == "n" and "n=4 must be at most 3" in error["message"]
+        assert client.post(CHAT, json=fake.say(n=3)).status_code == 200
+
+
 @pytest.mark.parametrize("error, status, header", [
     (Busy("too many requests wait", 2.4), 429, "2"), (config.InputError("no such thing"), 400, None),
     (ZeroDivisionError("a secret"), 500, None),
