@@ -39,8 +39,8 @@ class Settings:
     transcribe: str = "what is said?"  # what /v1/audio/transcriptions asks
 
 
-# Values of a body, and lists and objects, which take ten times as long: to parse it holds up all threads, the engine's
-# among them.
+# Values of a body, and lists and objects, which take over ten times as long: to parse it holds up all threads, the
+# engine's among them.
 MOST_VALUES, MOST_OPENED = 1_000_000, 100_000
 LEAST_TEXT, CHARACTERS = 2**16, 32  # characters of a text; of a long context so many for each position
 
