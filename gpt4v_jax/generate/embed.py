@@ -40,10 +40,8 @@ def embed(trained: Trained, documents: Sequence[chat.Document]) -> np.ndarray:
 
     Texts of like lengths share a batch; a vector depends on its neighbours only by rounding.
     """
-    order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
     found: dict[int, np.ndarray] = {}
-    for first in range(0, len(order), ROWS):
-        part = order[first : first + ROWS]
+    for part in parts(documents):
         width = min(decode.rounded(len(documents[part[-1]]), decode.BUCKET), trained.layout.context)
         source = min(trained.layout.source, 1)  # an encoder reads something, be it padding
         layout = dataclasses.replace(trained.layout, context=width, source=source, items=(0, 0, 0), patches=(0, 0, 0),
@@ -54,6 +52,12 @@ def embed(trained: Trained, documents: Sequence[chat.Document]) -> np.ndarray:
             vectors = _vectors(trained.model.clone(layout=layout), trained.params, packing.stack(rows))
         found |= zip(part, np.asarray(vectors), strict=False)  # without the rows that fill up
     return np.stack([found[i] for i in range(len(documents))])
+
+
+def parts(documents: Sequence[chat.Document]) -> list[list[int]]:
+    """-> the places of those that share a batch, by their lengths."""
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
+    return [order[first : first + ROWS] for first in range(0, len(order), ROWS)]
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -22,7 +22,8 @@ def prompt(trained: Trained, document: chat.Document, read: prompts_lib.Read | N
         trained.layout, context=decode.rounded(n, decode.BUCKET), **decode.budgets([document], trained.layout)
     )
     batch = packing.stack([packing.fill([document], read, layout)])
-    nats, top, best = _scored(trained.model.clone(layout=layout), trained.params, batch, most)
+    with jax.set_mesh(trained.mesh):  # which each thread has to say for itself
+        nats, top, best = _scored(trained.model.clone(layout=layout), trained.params, batch, most)
     return (None, *nats[: n - 1].tolist()), ((), *decode.pairs(top[: n - 1], best[: n - 1]))
 
 

@@ -30,6 +30,8 @@ _PORT = flags.DEFINE_integer("port", 8000, "0: a free one")
 _NAME = flags.DEFINE_string("name", None, "of the model; otherwise the folder's name")
 _SLOTS = flags.DEFINE_integer("slots", 8, "requests that are decoded at a time")
 _QUEUED = flags.DEFINE_integer("queued", 64, "requests that may wait")
+_PREFIX_BYTES = flags.DEFINE_integer("prefix_bytes", 512 << 20, "of memory for what prompts begin with, so that it is "
+                                     "read once; 0: nothing is remembered")  # fmt: skip
 _KEYS = flags.DEFINE_string("api_keys", None, "a file of keys, one a line, or a name and a key; otherwise those in the "
                             "environment's GPT4V_API_KEYS, separated by commas. None: everybody may ask")  # fmt: skip
 _SECONDS = flags.DEFINE_float("seconds", 300.0, "a request is cut when it has taken so long")
@@ -48,7 +50,7 @@ LEAST_KEY = 16  # characters: shorter ones are guessed
 def main() -> None:
     config.at_least(1, slots=_SLOTS.value, queued=_QUEUED.value, max_body=_MAX_BODY.value,
                     connections=_CONNECTIONS.value)  # fmt: skip
-    config.at_least(0, max_media=_MAX_MEDIA.value)
+    config.at_least(0, max_media=_MAX_MEDIA.value, prefix_bytes=_PREFIX_BYTES.value)
     if not 0 <= _PORT.value < 2**16:
         raise config.InputError(f"--port={_PORT.value} must be from 0 to {2**16 - 1}")
     if not 0 < _SECONDS.value < 1e9:
@@ -67,7 +69,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for name in ("jax", "absl", "uvicorn.error", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    engine = Engine(trained, _SLOTS.value, _QUEUED.value)
+    engine = Engine(trained, _SLOTS.value, _QUEUED.value, _PREFIX_BYTES.value)
     for what in engine.warm() if _WARM.value else ():
         print(f"compiles {what}", flush=True)
     host, port = listening.getsockname()[:2]

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
-from gpt4v_jax.serve import chat, completions, errors, look, schema, server, speech, tokens, vectors
+from gpt4v_jax.serve import completions, errors, look, schema, server, speech, tokens, vectors
 from gpt4v_jax.serve.errors import ApiError
 from gpt4v_jax.serve.gate import Gate
 from gpt4v_jax.serve.server import Server, Settings
@@ -33,17 +33,10 @@ def create(trained: Trained, engine, settings: Settings) -> FastAPI:
     app.state.server = Server(trained, engine, settings)
     app.add_exception_handler(HTTPException, errors.handle)
     app.add_middleware(Gate, server=app.state.server)
-    for part in (router, completions.router, vectors.router, speech.router, tokens.router):
+    for part in (router, completions.router, vectors.router, speech.router, tokens.router, look.router):
         app.include_router(part)
     if settings.moderation is not None:
         app.add_api_route("/v1/moderations", moderations, methods=["POST"])
-
-    async def prompt_of(messages: list[dict]):
-        turns = chat.turns(messages, settings.max_media)
-        app.state.server.check_lengths("messages", chat.texts(turns))
-        return await chat.prompt(app.state.server, turns)
-
-    app.include_router(look.router(trained, prompt_of, most_bytes=settings.max_body))
     return app
 
 

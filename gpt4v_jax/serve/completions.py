@@ -9,7 +9,7 @@ from starlette.requests import Request as Http
 from starlette.responses import Response
 
 from gpt4v_jax import batch as batch_lib
-from gpt4v_jax.generate import prompts
+from gpt4v_jax.generate import prompts, score
 from gpt4v_jax.serve import chat, schema, server, stream
 from gpt4v_jax.serve.errors import ApiError
 from gpt4v_jax.serve.follow import Following
@@ -26,7 +26,9 @@ async def chat_completions(http: Http) -> Response:
     here = server.of(http)
     given = await here.read(http, schema.CHAT)
     wish = schema.asked(given, here.trained.run.model.vocab)
-    turns = chat.turns(given.get("messages"), here.settings.max_media)
+    if wish.n > (most := here.settings.queued):  # the queue would never have room for all
+        raise ApiError(f"n={wish.n} must be at most {most} here: so many answers may wait", "n", "invalid_value")
+    turns = await here.in_thread(chat.turns, given.get("messages"), here.settings.max_media)
 
     async def prepared() -> list[Prompt]:
         for text in chat.texts(turns):
@@ -63,6 +65,8 @@ async def answered(here: Server, http: Http, wish: schema.Asked, asked: list[Pro
     more = {"user": http.state.user, "seconds": here.settings.seconds}
     requests = [request for one in asked for request in schema.requests(
         wish, one.document, one.read, here.trained.layout.context, field, **more)]  # fmt: skip
+    if wish.echo and wish.logprobs is not None:
+        asked = await while_there(http.receive, scored(here, asked, wish.logprobs))
     with contextlib.ExitStack() as opened:
         answers = opened.enter_context(Following(here, requests))
 
@@ -74,6 +78,14 @@ async def answered(here: Server, http: Http, wish: schema.Asked, asked: list[Pro
         # An answer that fails at once fails with its status, not in the stream.
         first = await while_there(http.receive, anext(chunks))
         return stream.Events(first, chunks, opened.pop_all())
+
+
+async def scored(here: Server, asked: list[Prompt], most: int) -> list[Prompt]:
+    """-> the prompts with their own log-probabilities; once for all answers, and not on the engine's thread, where all
+    others would wait for what has to be compiled."""
+    async with here.beside():
+        found = [await here.in_turn(score.prompt, here.trained, one.document, one.read, most) for one in asked]
+    return [dataclasses.replace(one, scored=told) for one, told in zip(asked, found, strict=True)]
 
 
 def several(name: str, value: Any) -> list[str | list[int]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpt4v_jax import config
 from gpt4v_jax.data.transforms import BadMedium
-from gpt4v_jax.generate import constrain, decode, prompts, sample, score
+from gpt4v_jax.generate import constrain, decode, prompts, sample
 from gpt4v_jax.serve import prefix
 from gpt4v_jax.serve import slots as slots_lib
 from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
@@ -84,7 +84,7 @@ class Engine:
         Raises InputError for what the model cannot read or its vocabulary does not have, Busy where too many wait.
         """
         decode.check(self.trained, [request.prompt])
-        config.at_least(0 if request.echo else 1, max_new_tokens=request.max_new_tokens)
+        config.at_least(0, max_new_tokens=request.max_new_tokens)
         if request.sampling.guidance_scale != 1:
             raise config.InputError("guidance_scale needs a second prompt, which a request has not: leave it out")
         if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
@@ -205,9 +205,6 @@ class Engine:
         r = ticket.request
         self.counts["prompt_tokens_total"] += len(r.prompt) + len(r.prompt.source)
         self._filling = ticket, iter(())  # so that it is ended, too, if this fails
-        if r.echo:
-            nats, top = score.prompt(self.trained, r.prompt, r.read, r.logprobs or 0)
-            self._tell(ticket, Delta(prompt_logprobs=nats, prompt_top=top))
         finish, error = self._over_at_once(ticket)
         if finish:
             self._filling = None

@@ -115,8 +115,6 @@ class Whole:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     top: list[tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=list)
-    prompt_logprobs: tuple[float | None, ...] = ()
-    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
     end: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
     finish: str | None = None
     cached: int = 0
@@ -125,8 +123,6 @@ class Whole:
         self.text += delta.text
         for name in ("tokens", "logprobs", "top"):
             getattr(self, name).extend(getattr(delta, name))
-        self.prompt_logprobs, self.prompt_top = (delta.prompt_logprobs or self.prompt_logprobs,
-                                                 delta.prompt_top or self.prompt_top)  # fmt: skip
         self.end = delta.end or self.end
         self.cached, self.finish = max(self.cached, delta.cached), delta.finish
         if delta.finish == "content_filter":

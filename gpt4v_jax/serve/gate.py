@@ -16,6 +16,7 @@ from gpt4v_jax.serve.wire import ClientGone, Reply
 OPEN = ("/", "/page.css", "/page.js", "/look.js", "/page.svg", "/health")
 WATCH = ("/health", "/metrics")  # also when the server is full
 BODY_SECONDS = 60.0  # for a whole body
+BODIES = 2**28  # bytes of bodies that are in memory at a time: each is kept until its request has ended
 log = logging.getLogger("gpt4v_jax.access")
 
 
@@ -24,12 +25,13 @@ class Gate:
 
     def __init__(self, app, server: Server):
         self.app, self.server, self.running = app, server, 0
+        self.held = 0  # bytes of the bodies of all requests that run
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         state = scope.setdefault("state", {})
-        state["began"], path, status = time.monotonic(), scope["path"], None
+        state["began"], state["held"], path, status = time.monotonic(), 0, scope["path"], None
 
         async def noted(message):
             nonlocal status
@@ -40,7 +42,7 @@ class Gate:
         self.running += path not in WATCH
         try:
             self._check(scope)
-            await self.app(scope, self._limited(receive), noted)
+            await self.app(scope, self._limited(state, receive), noted)
         except (ClientGone, ClientDisconnect):
             status = status or 499  # nobody reads it; the log has it
         except Exception as error:
@@ -49,6 +51,7 @@ class Gate:
                 await Reply(found.body, found.status, found.headers)(scope, receive, noted)
         finally:
             self.running -= path not in WATCH
+            self.held -= state["held"]
             self._note(scope, status or 499)
 
     def _check(self, scope) -> None:
@@ -75,8 +78,8 @@ class Gate:
                 found = name
         return found
 
-    def _limited(self, receive):
-        """-> receive, which raises ApiError for a body that is too large or too slow."""
+    def _limited(self, state, receive):
+        """-> receive, which raises ApiError for a body that is too large, too slow, or one too many."""
         most, read, whole = self.server.settings.max_body, 0, False
         until = asyncio.get_running_loop().time() + BODY_SECONDS
 
@@ -87,9 +90,10 @@ class Gate:
             try:
                 async with asyncio.timeout_at(until):
                     message = await receive()
-                    read += len(message.get("body", b""))
+                    read += (size := len(message.get("body", b"")))
+                    full = self.held + size > max(BODIES, most)
                     # A little more is thrown away, for most clients look for an answer only when all is sent.
-                    while most < read < 2 * most and message.get("more_body"):
+                    while (full or read > most) and read < 2 * most and message.get("more_body"):
                         message = await receive()
                         read += len(message.get("body", b""))
             except TimeoutError:
@@ -98,6 +102,11 @@ class Gate:
             if read > most:
                 raise ApiError(f"the body is larger than {most} bytes", None, "body_too_large", 413,
                                {"Connection": "close"})  # fmt: skip
+            if full:
+                raise ApiError(f"the bodies of running requests are {self.held:,} bytes already: try again later", None,
+                               "overloaded", 503, {"Retry-After": "1", "Connection": "close"})  # fmt: skip
+            state["held"] += size
+            self.held += size
             whole = not message.get("more_body")
             return message
 

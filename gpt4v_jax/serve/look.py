@@ -4,29 +4,29 @@ The page is plain files beside this one. It talks to the standard endpoints (/v1
 /v1/completions) and to the two of this file; its files come with a policy that forbids everything from elsewhere.
 """
 
-import asyncio
 import dataclasses
 import hashlib
-import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import fastapi
 import jax
 import numpy as np
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter
+from starlette.requests import Request as Http
+from starlette.responses import Response
 
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
-from gpt4v_jax.data import chat
-from gpt4v_jax.generate import prompts
+from gpt4v_jax.data.chat import Document
 from gpt4v_jax.interpret import attention
+from gpt4v_jax.serve import chat, schema, server
+from gpt4v_jax.serve.server import Server
+from gpt4v_jax.serve.wire import Reply, while_there
 from gpt4v_jax.training.workdir import Trained
 
-PromptOf = Callable[[list[dict]], Awaitable[tuple[chat.Document, prompts.Read | None]]]
 FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript", "look.js": "text/javascript",
          "page.svg": "image/svg+xml"}
-MOST_BYTES = 20 * 2**20  # of a request's body, unless the server says something else
 FILES_SHARE = 0.74  # of a body: base64 is 4/3 of a file, and some text goes with it
 HEADERS = {
     # blob: are the previews of files that the user has chosen.
@@ -37,50 +37,52 @@ HEADERS = {
     "Cache-Control": "no-cache",  # asked for again each time, and not sent again while its ETag is the same
 }  # fmt: skip
 
+router = APIRouter(include_in_schema=False)
 
-def router(trained: Trained, prompt_of: PromptOf, checks: Sequence[Callable] = (), most_bytes: int = MOST_BYTES):
-    """-> an APIRouter: GET / with its parts, which anybody may read, GET /look/info and POST /look.
 
-    prompt_of: messages of a chat completion -> (the prompt, what reads its media), as chat.fetched and chat.prompt make
-    them. checks: FastAPI dependencies of /look and /look/info, such as the one that asks for a key. most_bytes:
-    of a request's body, in which the files of a whole chat travel.
-    """
-    made, one = fastapi.APIRouter(include_in_schema=False), asyncio.Lock()
-    for name, kind in FILES.items():
-        path = Path(__file__).with_name(name or "page.html")
-        made.add_api_route(f"/{name}", _file(path, kind), methods=["GET", "HEAD"])
-    known = info(trained) | {"most_bytes": int(FILES_SHARE * most_bytes)}
-    guarded = [fastapi.Depends(check) for check in checks]
+@router.get("/look/info")
+async def look_info(http: Http) -> Response:
+    here = server.of(http)
+    return Reply(info(here.trained) | {"most_bytes": int(FILES_SHARE * here.settings.max_body)})
 
-    @made.get("/look/info", dependencies=guarded)
-    async def look_info() -> dict:
-        return known
 
-    @made.post("/look", dependencies=guarded)
-    async def look(request: fastapi.Request):
-        try:
-            messages, *ask = _asked(await request.body())
-            if reason := why_not(trained):
-                raise config.InputError(reason)
-            prompt, read = await prompt_of(messages)
-            async with one:  # a forward pass of the whole conversation: one at a time, beside the answers
-                return await run_in_threadpool(looked, trained, prompt, read, *ask)
-        except config.InputError as error:
-            body = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
-            return fastapi.responses.JSONResponse({"error": body}, 400)
+@router.post("/look")
+async def look(http: Http) -> Response:
+    here = server.of(http)
+    given = await here.read(http, schema.LOOK)
+    if reason := why_not(here.trained):
+        raise config.InputError(reason)
+    answer = given.get("answer")
+    of_ids = isinstance(answer, list) and all(type(id) is int for id in answer)
+    if not answer or not (isinstance(answer, str) or of_ids):
+        raise schema.bad("answer", answer, "a text, or the ids of its tokens")
+    return Reply(await while_there(http.receive, _found(here, given, answer)))
 
-    return made
+
+async def _found(here: Server, given: dict[str, Any], answer: str | list[int]) -> dict[str, Any]:
+    turns = await here.in_thread(chat.turns, given.get("messages"), here.settings.max_media)
+    here.check_lengths("messages", chat.texts(turns))
+    here.check_lengths("answer", [answer])
+    async with here.beside():
+        prompt, read = await chat.prompt(here, turns)
+        where = given.get("token", 0), given.get("picture", 0)
+        return await here.in_turn(looked, here.trained, prompt, read, answer, *where)
 
 
 def _file(path: Path, kind: str):
-    def send(request: fastapi.Request) -> fastapi.Response:
+    def send(http: Http) -> Response:
         data = path.read_bytes()
         headers = HEADERS | {"ETag": f'"{hashlib.sha256(data).hexdigest()[:16]}"'}
-        if request.headers.get("if-none-match") == headers["ETag"]:
-            return fastapi.Response(status_code=304, headers=headers)
-        return fastapi.Response(data, media_type=kind, headers=headers)
+        if http.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(data, media_type=kind, headers=headers)
 
     return send
+
+
+for name, kind in FILES.items():
+    path = Path(__file__).with_name(name or "page.html")
+    router.add_api_route(f"/{name}", _file(path, kind), methods=["GET", "HEAD"])
 
 
 def info(trained: Trained) -> dict:
@@ -105,28 +107,7 @@ def why_not(trained: Trained) -> str:
     return ""
 
 
-def _asked(data: bytes) -> tuple[list[dict], str | list[int], int, int]:
-    """-> (messages, answer, token, picture) of a request's body."""
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested without end
-        body = None
-    if not isinstance(body, dict):
-        raise config.InputError("the body must be a JSON object with messages, answer and token")
-    messages, answer = body.get("messages"), body.get("answer")
-    if not isinstance(messages, list) or not messages:
-        raise config.InputError("messages: give those of the chat completion, up to the question")
-    of_ids = isinstance(answer, list) and all(type(id) is int for id in answer)
-    if not answer or not (isinstance(answer, str) or of_ids):
-        raise config.InputError(f"answer={answer!r:.80}: give its text, or the ids of its tokens")
-    numbers = [body.get(name, 0) for name in ("token", "picture")]
-    for name, number in zip(("token", "picture"), numbers, strict=True):
-        if type(number) is not int or number < 0:
-            raise config.InputError(f"{name}={number!r:.80} must be a whole number, 0 for the first")
-    return messages, answer, *numbers
-
-
-def looked(trained: Trained, prompt: chat.Document, read, answer: str | list[int], token: int, picture: int) -> dict:
+def looked(trained: Trained, prompt: Document, read, answer: str | list[int], token: int, picture: int) -> dict:
     """-> {tokens: texts of the answer's tokens, token, picture, pictures: how many there are, layers, rows, columns,
     maps [layers, rows, columns]: where the model looked when it chose that token (the attention of the position before
     it, mean over heads; a map's sum is the share that the picture gets), resize: config.Image's, covered: the (height,
@@ -156,7 +137,7 @@ def looked(trained: Trained, prompt: chat.Document, read, answer: str | list[int
     }  # fmt: skip
 
 
-def _with(prompt: chat.Document, ids: Sequence[int]) -> chat.Document:
+def _with(prompt: Document, ids: Sequence[int]) -> Document:
     """-> the prompt and the beginning of its answer."""
     more = len(ids)
     return dataclasses.replace(

@@ -16,12 +16,11 @@ class Request:
 
     prompt: chat.Document
     read: prompts.Read | None = None
-    max_new_tokens: int = 64  # 0 only with `echo`
+    max_new_tokens: int = 64
     sampling: sample.Sampling = sample.Sampling()  # noqa: RUF009, frozen
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # of each token, beside so many of the most probable ones, at most MOST_LOGPROBS
-    echo: bool = False  # the first Delta tells the prompt's own log-probabilities
     grammar: constrain.Grammar | None = None
     user: str = ""  # whose turn it is in the queue: a key's name, or an address
     seconds: float | None = None  # it is cut ("timeout") when it has taken so long, the queue included
@@ -38,8 +37,6 @@ class Delta:
     # With log-probabilities: (token, logprob, top) of the end token, which is none of the answer's; () or one.
     end: tuple[tuple[int, float, tuple[tuple[int, float], ...]], ...] = ()
     finish: str | None = None  # of the last Delta: stop | length | forbidden | unreadable | cancelled | timeout | error
-    prompt_logprobs: tuple[float | None, ...] = ()  # with `echo`, of the prompt's tokens; the first has none
-    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
     cached: int = 0  # of the first Delta: the prompt's positions that the prefix cache had
     error: str = ""  # with finish "error": what to say
 

@@ -131,6 +131,8 @@ TOKENIZE: dict[str, Kind] = {"model": text, "prompt": text, "messages": anything
                              "add_generation_prompt": one_of(True), "return_token_strs": flag}  # fmt: skip
 DETOKENIZE: dict[str, Kind] = {"model": text, "tokens": anything}
 MODERATION: dict[str, Kind] = {"model": text, "input": anything}
+LOOK: dict[str, Kind] = {"model": text, "messages": anything, "answer": anything, "token": whole(0, 2**31 - 1),
+                         "picture": whole(0, 2**31 - 1)}  # fmt: skip
 
 # OpenAI's fields that mean nothing here, and change no answer.
 IGNORED = ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
@@ -289,6 +291,5 @@ def requests(wish: Asked, prompt: chat.Document, read: prompts.Read | None, cont
         raise make(f"the prompt has {len(prompt)} positions (media included), {len(prompt) + wish.max_tokens} with "
                    f"max_tokens={wish.max_tokens}: the model's context is {context}")
     limit = room if wish.max_tokens is None else wish.max_tokens
-    one = Request(prompt, read, limit, wish.sampling, wish.seed, wish.stop, wish.logprobs, wish.echo, wish.grammar,
-                  **more)  # fmt: skip
+    one = Request(prompt, read, limit, wish.sampling, wish.seed, wish.stop, wish.logprobs, wish.grammar, **more)
     return [dataclasses.replace(one, seed=wish.seed + i) for i in range(wish.n)]

@@ -2,10 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 from starlette.requests import Request as Http
@@ -15,6 +16,7 @@ from gpt4v_jax.serve.errors import ApiError
 from gpt4v_jax.serve.guards import Guard
 from gpt4v_jax.serve.metrics import Metrics
 from gpt4v_jax.serve.moderation import Moderation
+from gpt4v_jax.serve.requests import Busy
 from gpt4v_jax.training.workdir import Trained
 
 T = TypeVar("T")
@@ -37,6 +39,9 @@ class Settings:
     transcribe: str = "what is said?"  # what /v1/audio/transcriptions asks
 
 
+# Values of a body, and lists and objects, which take over ten times as long: to parse it holds up all threads, the
+# engine's among them.
+MOST_VALUES, MOST_OPENED = 1_000_000, 100_000
 LEAST_TEXT, CHARACTERS = 2**16, 32  # characters of a text; of a long context so many for each position
 
 
@@ -48,17 +53,40 @@ class Server:
         self.metrics, self.created = Metrics(engine), int(time.time())
         self.following: set = set()  # follow.Following that are not at their end
         self.closing = False
+        self.computing = 0  # requests within `beside`
         # Not anyio's threads: what is cancelled there gives its place back while its thread goes on.
         self._pool = concurrent.futures.ThreadPoolExecutor(settings.threads, "serve")
+        self._one = concurrent.futures.ThreadPoolExecutor(1, "beside")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Awaits what would hold up the event loop. Settings.threads at a time; what is cancelled while it waits is
         never begun."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
+    @contextlib.asynccontextmanager
+    async def beside(self) -> AsyncIterator[None]:
+        """Around what a request has the model compute beside the engine, by `in_turn`: it has Settings.seconds, and no
+        more than Settings.queued requests do so or wait for it. Raises Busy, and ApiError for what takes too long."""
+        if self.computing >= self.settings.queued:
+            raise Busy(f"{self.computing} requests wait already: try again later", min(1.0 + self.computing, 30.0))
+        self.computing += 1
+        try:
+            async with asyncio.timeout(self.settings.seconds):
+                yield
+        except TimeoutError:
+            raise ApiError(f"the request took longer than {self.settings.seconds:g} s: ask for less at a time, or try "
+                           "again later", None, "timeout", 503, {"Retry-After": "30"}) from None  # fmt: skip
+        finally:
+            self.computing -= 1
+
+    async def in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `in_thread`, one at a time, in the order in which they come."""
+        return await asyncio.get_running_loop().run_in_executor(self._one, function, *arguments)
+
     def close(self) -> None:
         self.cut()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._one):
+            pool.shutdown(wait=False, cancel_futures=True)
         self.settings.guard.close()
 
     def cut(self) -> None:
@@ -72,11 +100,7 @@ class Server:
         kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(f"content-type is {errors.shown(kind)}: send application/json", None, "content_type", 415)
-        try:
-            body = await self.in_thread(wire.decoded, await http.body())
-        except ValueError as error:
-            raise ApiError(f"the body is no JSON: {error}", None, "invalid_json") from None
-        given = schema.read(body, kinds)
+        given = await self.in_thread(parsed, await http.body(), kinds)
         self.check_model(given.get("model", given.get("engine")))
         return given
 
@@ -122,6 +146,19 @@ class Server:
             "max_model_len": layout.context, "step": self.trained.step, "chats": self.trained.chats,
             "modalities": ["text", *(name for name in ("image", "video", "audio") if layout.reads(name))],
         }  # fmt: skip
+
+
+def parsed(body: bytes, kinds: dict[str, schema.Kind]) -> dict[str, Any]:
+    """-> the fields of a JSON body, checked. Raises ApiError, for one with too many values before it is parsed."""
+    commas, opened = wire.counted(body)
+    for count, what, most in ((commas, "values", MOST_VALUES), (opened, "lists and objects", MOST_OPENED)):
+        if count > most:
+            raise ApiError(f"the body has {count:,} {what}: at most {most:,} are read; send several requests", None,
+                           "body_too_large", 413)  # fmt: skip
+    try:
+        return schema.read(wire.decoded(body), kinds)
+    except ValueError as error:
+        raise ApiError(f"the body is no JSON: {error}", None, "invalid_json") from None
 
 
 def of(http: Http) -> Server:

@@ -61,15 +61,27 @@ def chat_logprobs(names: Names, tokens: Sequence[int], logprobs: Sequence[float]
     return {"content": content, "refusal": None}
 
 
+class Place:
+    """Where the next token of a text begins, in characters; a character of several tokens is whole with the last one,
+    be that told later."""
+
+    def __init__(self):
+        self._read, self._at = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def behind(self, token: bytes) -> int:
+        """-> where this token begins."""
+        begins, self._at = self._at, self._at + len(self._read.decode(token))
+        return begins
+
+
 def legacy_logprobs(names: Names, tokens: Sequence[int], logprobs: Sequence[float | None], top: Sequence[Top | None],
-                    offset: int = 0) -> tuple[dict[str, Any], int]:  # fmt: skip
-    """-> (the shape of /v1/completions, where the next token begins). offset: characters of the text before the first
-    token. Beside the best tokens stands the one that was chosen, so there may be one more. The first token of a prompt
-    has neither: None."""
-    offsets, best, read = [], [], codecs.getincrementaldecoder("utf-8")("replace")
+                    place: Place) -> dict[str, Any]:  # fmt: skip
+    """-> the shape of /v1/completions. place: of the first token; it goes on to that behind the last one. Beside the
+    best tokens stands the one that was chosen, so there may be one more. The first token of a prompt has neither:
+    None."""
+    offsets, best = [], []
     for token, logprob, pairs in zip(tokens, logprobs, top, strict=True):
-        offsets.append(offset)
-        offset += len(read.decode(names.bytes(token)))
+        offsets.append(place.behind(names.bytes(token)))
         if logprob is None:
             best.append(None)
             continue
@@ -82,7 +94,7 @@ def legacy_logprobs(names: Names, tokens: Sequence[int], logprobs: Sequence[floa
         "token_logprobs": [None if value is None else max(value, LEAST) for value in logprobs],
         "top_logprobs": best,
         "text_offset": offsets,
-    }, offset
+    }
 
 
 def usage(prompts: Sequence[chat.Document], completion: int, cached: int) -> dict[str, Any]:

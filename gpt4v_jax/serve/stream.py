@@ -1,6 +1,7 @@
 """Answers as OpenAI's bodies, whole or in pieces, and the pieces as server-sent events."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import secrets
@@ -27,6 +28,7 @@ class Prompt:
     document: chat.Document
     read: prompts.Read | None = None
     text: str = ""  # for echo
+    scored: tuple[Sequence[float | None], Sequence[shapes.Top]] | None = None  # by generate.score, for echo, too
 
 
 class Form:
@@ -38,7 +40,7 @@ class Form:
         self.wish, self.prompts, self.names = wish, prompts, shapes.names_of(server.trained.tokenizer)
         self._head = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time()),
                       "model": server.settings.name}  # fmt: skip
-        self._offset: dict[int, int] = {}
+        self._places = collections.defaultdict(shapes.Place)  # by choice
 
     def body(self, choices: list[dict], usage: dict) -> dict[str, Any]:
         return self._head | {"object": self.kind, "choices": choices, "usage": usage}
@@ -69,12 +71,11 @@ class Form:
         tokens, logprobs, top = list(part.tokens[: len(part.logprobs)]), list(part.logprobs), list(part.top)
         for token, logprob, best in part.end:  # as vLLM: who counts tokens counts on it (lm-evaluation-harness)
             tokens, logprobs, top = [*tokens, token], [*logprobs, logprob], [*top, best]
-        if echo and part.prompt_logprobs:
-            tokens = self.prompts[k // self.wish.n].document.tokens.tolist() + tokens
-            logprobs = [*part.prompt_logprobs, *logprobs]
-            top = [*(part.prompt_top or [()] * len(part.prompt_logprobs)), *top]
-        found, self._offset[k] = shapes.legacy_logprobs(self.names, tokens, logprobs, top, self._offset.get(k, 0))
-        return found
+        prompt = self.prompts[k // self.wish.n]
+        if echo and prompt.scored:
+            before, best = prompt.scored
+            tokens, logprobs, top = prompt.document.tokens.tolist() + tokens, [*before, *logprobs], [*best, *top]
+        return shapes.legacy_logprobs(self.names, tokens, logprobs, top, self._places[k])
 
 
 class ChatForm(Form):

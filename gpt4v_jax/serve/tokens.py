@@ -30,7 +30,7 @@ async def tokenize(http: Http) -> Response:
 
 async def _ids(here: Server, given: dict[str, Any]) -> list[int]:
     if "messages" in given:
-        turns = chat.turns(given["messages"], here.settings.max_media)
+        turns = await here.in_thread(chat.turns, given["messages"], here.settings.max_media)
         here.check_lengths("messages", chat.texts(turns))
         return (await chat.prompt(here, turns))[0].tokens.tolist()
     tokenizer = here.trained.tokenizer

@@ -7,10 +7,12 @@ from fastapi import APIRouter
 from starlette.requests import Request as Http
 from starlette.responses import Response
 
+from gpt4v_jax.data import chat
 from gpt4v_jax.generate import embed
 from gpt4v_jax.serve import schema, server
 from gpt4v_jax.serve.completions import known_ids, several
 from gpt4v_jax.serve.errors import ApiError
+from gpt4v_jax.serve.server import Server
 from gpt4v_jax.serve.wire import Reply, while_there
 from gpt4v_jax.training.workdir import Trained
 
@@ -27,7 +29,7 @@ async def embeddings(http: Http) -> Response:
     if len(asked) > MOST:
         raise ApiError(f"input has {len(asked)} texts: give at most {MOST}", "input", "invalid_value")
     here.check_lengths("input", asked)
-    ids, found = await while_there(http.receive, here.in_thread(_embedded, here.trained, asked))
+    ids, found = await while_there(http.receive, _embedded(here, asked))
     usage = {"prompt_tokens": ids, "total_tokens": ids}
     here.count(http, usage | {"completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}})
     data = [{"object": "embedding", "index": i, "embedding": shown(vector, given.get("encoding_format", "float"))}
@@ -40,9 +42,18 @@ def shown(vector: np.ndarray, form: str) -> list[float] | str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode() if form == "base64" else vector.tolist()
 
 
-def _embedded(trained: Trained, asked: list[str | list[int]]) -> tuple[int, np.ndarray]:
+async def _embedded(here: Server, asked: list[str | list[int]]) -> tuple[int, list[np.ndarray]]:
     """-> (how many tokens were read, a vector for each)."""
+    found: dict[int, np.ndarray] = {}
+    async with here.beside():
+        count, documents = await here.in_thread(_documents, here.trained, asked)
+        for part in embed.parts(documents):  # between them others have their turns
+            found |= zip(part, await here.in_turn(embed.embed, here.trained, [documents[i] for i in part]), strict=True)
+    return count, [found[i] for i in range(len(documents))]
+
+
+def _documents(trained: Trained, asked: list[str | list[int]]) -> tuple[int, list[chat.Document]]:
     with schema.naming("input"):
         ids = [known_ids(trained, one, "input") if isinstance(one, list) else trained.tokenizer.encode(one)
                for one in asked]  # fmt: skip
-        return sum(map(len, ids)), embed.embed(trained, [embed.document(trained, one) for one in ids])
+        return sum(map(len, ids)), [embed.document(trained, one) for one in ids]

@@ -33,7 +33,8 @@ class Ticket:
 
 
 class FakeEngine:
-    """Says `says`, a character a Delta with its byte's token, at most the request's room, cut at its stop strings.
+    """Says `says`, a byte's token a Delta, with its character if it is the last one of it, at most the request's room,
+    cut at its stop strings.
 
     hold: an event that each answer waits for before its last Delta, or its cancellation. error: raised by submit.
     """
@@ -58,14 +59,9 @@ class FakeEngine:
             said = said.partition(stop)[0]
         if len(said) > request.max_new_tokens:
             said, finish = said[: request.max_new_tokens], "length"
-        prompt = request.prompt.tokens.tolist() if request.echo else []
-        told = {} if request.logprobs is None or not prompt else {
-            "prompt_logprobs": (None, *[-2.0] * (len(prompt) - 1)),
-            "prompt_top": ((), *[((t + 1, -1.0), (t, -2.0))[: request.logprobs] for t in prompt[1:]]),
-        }  # fmt: skip
-        told["cached"] = 3
-        for char in said:
-            (token,) = self.tokenizer.encode(char)
+        told = {"cached": 3}
+        spelt = [(char, self.tokenizer.encode(char)) for char in said]
+        for char, token in [(char * (i == len(ids) - 1), id) for char, ids in spelt for i, id in enumerate(ids)]:
             if request.logprobs is not None:
                 others = tuple((token + k, -0.5 - k) for k in range(request.logprobs))
                 told |= {"logprobs": (-0.5,), "top": (others,)}
@@ -79,6 +75,12 @@ class FakeEngine:
 
     def stats(self) -> dict[str, float]:
         return {"running": 1.0, "steps_total": 4.0}
+
+
+def scored(trained, document, read, most: int):
+    """What generate.score tells of a prompt, without a model."""
+    others = document.tokens.tolist()[1:]
+    return (None, *[-2.0] * len(others)), ((), *[((t + 1, -1.0), (t, -2.0))[:most] for t in others])
 
 
 def words() -> moderation.Moderation:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gpt4v_jax import config
-from gpt4v_jax.generate import embed
-from gpt4v_jax.serve import server
+from gpt4v_jax.generate import embed, score
+from gpt4v_jax.serve import server, wire
 from gpt4v_jax.serve.requests import Busy
 from tests.data.test_sound import encoded, wave
 from tests.serve import fake
@@ -83,8 +83,9 @@ def test_completions_of_many_prompts(client):
     assert body["object"] == "text_completion"
 
 
-def test_echo_scores_the_prompt(client):
+def test_echo_scores_the_prompt(client, monkeypatch):
     """A character of two bytes is two tokens, which begin at the same place; max_tokens=0 says nothing more."""
+    monkeypatch.setattr(score, "prompt", fake.scored)
     for more, said in (({"max_tokens": 0}, ""), ({}, fake.SAYS)):
         (choice,) = client.post(COMPLETION, json={"prompt": "éh", "echo": True, "logprobs": 1} | more).json()["choices"]
         told = choice["logprobs"]
@@ -94,6 +95,19 @@ def test_echo_scores_the_prompt(client):
         assert told["top_logprobs"][:2] == [None, {"bytes:\\xaa": -1.0, "bytes:\\xa9": -2.0}]
         assert told["text_offset"] == [0, 0, 1, *range(2, 2 + len(said))]
         assert choice["finish_reason"] == ("stop" if said else "length")
+
+
+def test_a_prompt_is_scored_once_and_only_for_logprobs(client, monkeypatch):
+    seen = []
+    monkeypatch.setattr(score, "prompt", lambda *asked: seen.append(asked[1]) or fake.scored(*asked))
+    body = {"prompt": ["éh", "x"], "echo": True, "n": 2}
+    assert [choice["text"] for choice in client.post(COMPLETION, json=body).json()["choices"]] == [
+        text + fake.SAYS for text in ("éh", "éh", "x", "x")]  # fmt: skip
+    assert not seen
+    choices = client.post(COMPLETION, json=body | {"logprobs": 1}).json()["choices"]
+    assert len(seen) == 2 and [len(choice["logprobs"]["tokens"]) for choice in choices] == [8, 8, 6, 6]
+    with fake.client(queued=4, seconds=0.0) as late:
+        failed(late.post(COMPLETION, json=body | {"logprobs": 1}), 503, "timeout")
 
 
 def test_a_chosen_token_is_among_the_top(client):
@@ -179,10 +193,13 @@ def raw(body: bytes, kind: str = "application/json"):
     (CHAT, raw(b""), 400, "invalid_json"),
     (CHAT, raw(b"\xff\xfe"), 400, "invalid_json"), (CHAT, raw(b"3"), 400, "invalid_type"),
     (CHAT, raw(b'{"temperature": NaN}'), 400, "invalid_json"), (CHAT, raw(b'{"top_p": 1e999}'), 400, "invalid_value"),
-    (CHAT, raw(b"[" * 1_000_000), 400, "invalid_json"), (CHAT, raw(b'{"a":' * 100_000), 400, "invalid_json"),
+    (CHAT, raw(b"[" * 100_000), 400, "invalid_json"), (CHAT, raw(b'{"a":' * 100_000), 400, "invalid_json"),
     (CHAT, raw(b'{"n": ' + b"9" * 10_000 + b"}"), 400, "invalid_json"),
     (CHAT, raw(b"{}", "text/plain"), 415, "content_type"), (CHAT, {"content": b"{}"}, 415, "content_type"),
     (CHAT, raw(b" " * 3_000_001), 413, "body_too_large"),
+    (CHAT, raw(b"[" + b"1," * 1_000_001 + b"1]"), 413, "body_too_large"),
+    (CHAT, raw(b"[" + b"[],{}," * 50_000 + b"1]"), 413, "body_too_large"),
+    (CHAT, raw('{"a": "é"}'.encode("utf-16")), 400, "invalid_json"),
     (CHAT, raw(iter([b"x" * 1_000_000] * 9)), 413, "body_too_large"),
     (CHAT, {"json": fake.say(model="other")}, 404, "model_not_found"),
     (CHAT, {"json": fake.say(model="\ud800")}, 404, "model_not_found"),
@@ -227,6 +244,36 @@ def test_bad_requests(client, path, sent, status, code):
         sent = raw(json.dumps(sent["json"]).encode())
     failed(client.post(path, **sent), status, code)
     assert client.post(CHAT, json=fake.say()).status_code == 200
+
+
+@pytest.mark.parametrize("text", [
+    '[1, 2, [3, {"a": [], "b": {}}]]', r'["a,[{", "\"", ",", "\\", ",\\\"[,", {",": "{"}]', '"a,[{"', "1",
+])  # fmt: skip
+def test_values_are_counted_before_a_body_is_parsed(text):
+    """Of n values n - 1 have a comma before them, but for the first of each list and object."""
+    def count(value) -> tuple[int, int]:
+        if not isinstance(value, list | dict):
+            return 0, 0
+        within = [count(one) for one in (value.values() if isinstance(value, dict) else value)]
+        commas, opened = map(sum, zip(*within, strict=True)) if within else (0, 0)
+        return commas + max(len(value) - 1, 0), opened + 1
+
+    assert wire.counted(text.encode()) == count(json.loads(text))
+
+
+def test_marks_within_a_text_are_no_values(client):
+    said = fake.say(metadata={"a": ',[{"\\' * 200_000})
+    assert client.post(CHAT, json=said).status_code == 200
+    ids = client.post("/detokenize", json={"tokens": fake.trained().tokenizer.encode("x") * 500_000})
+    assert ids.json()["prompt"] == "x" * 500_000
+
+
+def test_more_answers_than_may_wait():
+    """Would be refused for ever: that is no 429."""
+    with fake.client(queued=3) as client:
+        error = failed(client.post(CHAT, json=fake.say(n=4)), 400, "invalid_value")
+        assert error["param"] == "n" and "n=4 must be at most 3" in error["message"]
+        assert client.post(CHAT, json=fake.say(n=3)).status_code == 200
 
 
 @pytest.mark.parametrize("error, status, header", [

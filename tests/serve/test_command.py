@@ -2,11 +2,13 @@
 
 import importlib
 import socket
+from unittest import mock
 
 import pytest
 from absl.testing import flagsaver
 
 from gpt4v_jax import command, config
+from tests.serve import fake
 
 serve = importlib.import_module("gpt4v_jax.serve.__main__")
 LONG = "k" * 16
@@ -51,7 +53,8 @@ def test_a_port_that_is_taken():
 
 @pytest.mark.parametrize("args, message", [
     (["--slots=0"], "slots=0"), (["--port=70000"], "--port=70000"), (["--seconds=0"], "--seconds=0"),
-    (["--max_media=-1"], "max_media=-1"), (["--max_body=0"], "max_body=0"), ([], "holds no run"),
+    (["--prefix_bytes=-1"], "prefix_bytes=-1"), (["--max_media=-1"], "max_media=-1"),
+    (["--max_body=0"], "max_body=0"), ([], "holds no run"),
     (["--api_keys=missing"], "--api_keys=missing"), (["--prot=1"], "prot"),
 ])  # fmt: skip
 def test_bad_flags(capsys, monkeypatch, tmp_path, args, message):
@@ -60,3 +63,17 @@ def test_bad_flags(capsys, monkeypatch, tmp_path, args, message):
         command.run(serve.main, required=("workdir",))
     assert ended.value.code == 2
     assert message in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_the_engine_gets_its_flags(capsys, monkeypatch, tmp_path):
+    def engine(trained, *given):
+        raise config.InputError(f"asked for {given}")
+
+    for name, instead in (("listen", mock.Mock()), ("logging", mock.Mock()), ("Engine", engine)):
+        monkeypatch.setattr(serve, name, instead)
+    monkeypatch.setattr(serve.workdir, "restore", lambda *_: fake.trained())
+    given = ["--slots=3", "--queued=5", "--prefix_bytes=7"]
+    monkeypatch.setattr("sys.argv", ["serve", f"--workdir={tmp_path}", *given])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit):
+        command.run(serve.main, required=("workdir",))
+    assert "asked for (3, 5, 7)" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from gpt4v_jax.serve import slots as slots_lib
 from gpt4v_jax.serve.engine import Engine
 from gpt4v_jax.serve.requests import Busy, Request
 from tests import tiny
-from tests.generate.test_decode import LETTERS, ask, full_logits, make
+from tests.generate.test_decode import LETTERS, ask, make
 
 DRAWN = sample.Sampling(1.0)
 
@@ -305,8 +305,8 @@ def test_a_request_that_fails_before_it_has_a_row_is_told(running, trained, monk
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((slots_lib, "admit", fails) if where == "admit" else (engine_lib.score, "prompt", fails)))
-        asked = Asked(running, Request(ask(trained, "ab"), None, 2, echo=where == "prompt"))
+        patch.setattr(*((slots_lib, "admit", fails) if where == "admit" else (prefix, "filled", fails)))
+        asked = Asked(running, Request(ask(trained, "ab"), None, 2))
         assert asked.said().finish == "error"
     assert together(running, [Request(ask(trained, "ab"), None, 2)])[0].finish == "length"
 
@@ -314,19 +314,9 @@ def test_a_request_that_fails_before_it_has_a_row_is_told(running, trained, monk
 # ---- what is told
 
 
-def test_echo_tells_the_prompt_s_own_logprobs(running, trained):
-    prompt = ask(trained, "some text", [3])
-    request = Request(prompt, tiny.reader(trained.layout), 0, echo=True, logprobs=3)
-    asked = Asked(running, request)
-    assert asked.said().finish == "length" and not asked.said().tokens
-    nats = jax.nn.log_softmax(full_logits(trained, prompt), axis=-1)
-    first, *rest = asked.deltas[0].prompt_logprobs
-    expected = [float(nats[t, token]) for t, token in enumerate(prompt.tokens[1:])]
-    assert first is None and asked.deltas[0].prompt_top[0] == ()
-    np.testing.assert_allclose(rest, expected, atol=1e-5)
-    for t, top in enumerate(asked.deltas[0].prompt_top[1:]):
-        assert [token for token, _ in top] == np.argsort(-nats[t], kind="stable")[:3].tolist()
-        assert dict(top).get(prompt.tokens[t + 1], rest[t]) == rest[t]  # the same float
+def test_no_tokens_are_soon_told(running, trained):
+    """max_tokens=0 of a prompt that is only scored."""
+    assert together(running, [Request(ask(trained, "ab"), None, 0)])[0] == Said("", (), (), "length", 0)
 
 
 def test_the_greedy_token_s_logprob_is_the_best_one_s(running, trained):
@@ -413,7 +403,7 @@ def test_a_grammar_that_fails_ends_its_own_answer(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"logprobs": 21}, "from 0 to 20"),
+    ({"max_new_tokens": -1}, "max_new_tokens=-1"), ({"logprobs": 21}, "from 0 to 20"),
     ({"sampling": sample.Sampling(guidance_scale=2.0)}, "guidance_scale"),
     ({"sampling": sample.Sampling(logit_bias=((99, 1.0),))}, "the token 99"),
 ])

@@ -30,8 +30,8 @@ class Wire:
         self.sent.append(message)
 
 
-def call(app, wire: Wire) -> None:
-    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
+def call(app, wire: Wire, path: str = CHAT) -> None:
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
              "headers": [(b"content-type", b"application/json")], "client": ("test", 1), "http_version": "1.1",
              "scheme": "http", "server": ("test", 80), "root_path": "", "asgi": {"spec_version": "2.3"}}  # fmt: skip
     asyncio.run(app(scope, wire.receive, wire.send))
@@ -51,6 +51,7 @@ def test_who_hangs_up_cancels(engine, stream, caplog):
     wire = Wire(fake.say(n=2, stream=stream), engine.begun)
     with caplog.at_level("INFO"):
         call(app, wire)
+    app.state.server._pool.shutdown()  # the thread that submits them may still be at it
     assert len(engine.tickets) == 2 and all(ticket.gone.is_set() for ticket in engine.tickets)
     assert not app.state.server.following
     assert (f"POST {CHAT} {200 if wire.sent else 499} " in caplog.text) and bool(wire.sent) <= stream

@@ -5,8 +5,10 @@ import re
 import threading
 
 import pytest
+from fastapi.testclient import TestClient
 
 from gpt4v_jax.serve import gate
+from gpt4v_jax.serve.requests import Busy
 from tests.serve import fake
 from tests.serve.test_follow import Wire, call
 
@@ -55,6 +57,34 @@ def test_too_many_at_a_time():
         engine.hold.set()
         first.join()
         assert client.post(CHAT, json=fake.say()).status_code == 200
+
+
+def test_bodies_share_a_budget(monkeypatch):
+    """What a request holds is given back with its end, also when its client leaves, and when it was refused itself."""
+    monkeypatch.setattr(gate, "BODIES", 3000)
+    engine = fake.FakeEngine(fake.trained().tokenizer)
+    engine.hold, engine.begun = threading.Event(), threading.Event()
+    large = fake.say() | {"metadata": "x" * 2000}
+    app = fake.app(engine, max_body=2500)
+    for _ in range(2):
+        call(app, Wire(large, engine.begun))
+        assert engine.tickets.pop().gone.wait(10)
+        engine.begun.clear()
+    with TestClient(app) as client:
+        first = threading.Thread(target=client.post, args=(CHAT,), kwargs={"json": large})
+        first.start()
+        engine.begun.wait()
+        engine.error = Busy("who comes to the engine", 2.0)
+        refused = [client.post(CHAT, json=large) for _ in range(2)]
+        small = client.post(CHAT, json=fake.say())
+        engine.error = None
+        engine.hold.set()
+        first.join()
+        assert client.post(CHAT, json=large).status_code == 200
+    assert small.status_code == 429
+    for response in refused:
+        assert response.status_code == 503 and response.headers["retry-after"] == "1"
+        assert response.json()["error"]["code"] == "overloaded" and response.headers["connection"] == "close"
 
 
 def test_a_body_that_does_not_come(monkeypatch):

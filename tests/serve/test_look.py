@@ -6,7 +6,6 @@ import io
 import re
 from pathlib import Path
 
-import fastapi
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -20,6 +19,7 @@ from gpt4v_jax.interpret import attention
 from gpt4v_jax.serve import look
 from gpt4v_jax.training import workdir
 from tests import tiny
+from tests.serve import fake
 from tests.test_evaluate import folder  # noqa: F401
 
 
@@ -35,26 +35,8 @@ def asked(question: str, *pictures: bytes) -> dict:
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}] if parts else question}
 
 
-def prompt_maker(trained):
-    """What serve/chat.py does, of pictures in data URIs."""
-
-    async def prompt_of(messages):
-        files = [part["image_url"]["url"].partition(",")[2] for m in messages for part in m["content"]
-                 if isinstance(part, dict) and part["type"] == "image_url"]  # fmt: skip
-        media, read = prompts.attach(trained.layout, [("image", base64.b64decode(data)) for data in files])
-        left = iter(media)
-        return prompts.conversation(trained, [
-            (m["role"], [m["content"]] if isinstance(m["content"], str) else
-             [part["text"] if part["type"] == "text" else next(left) for part in m["content"]]) for m in messages
-        ]), read  # fmt: skip
-
-    return prompt_of
-
-
-def client(trained, prompt_of=None, **options) -> TestClient:
-    app = fastapi.FastAPI()
-    app.include_router(look.router(trained, prompt_of or prompt_maker(trained), **options))
-    return TestClient(app)
+def client(trained, **settings) -> TestClient:
+    return fake.client(model=trained, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -140,28 +122,31 @@ def test_errors_are_openais(change, message, trained):
     assert got.status_code == 400 and message in error["message"] and error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("data", [b"{", b"[]", b"\xff", b"[" * 100_000], ids=["cut", "a list", "bytes", "deep"])
-def test_bodies_that_are_none(data, trained):
-    got = client(trained).post("/look", content=data)
-    assert got.status_code == 400 and "JSON object" in got.json()["error"]["message"]
+def test_its_body_is_json_as_everywhere(trained):
+    for kind, status, message in (("application/json", 400, "no JSON"), ("text/plain", 415, "send application/json")):
+        got = client(trained).post("/look", content=b"{", headers={"content-type": kind})
+        assert got.status_code == status and message in got.json()["error"]["message"]
 
 
 def test_a_key_is_asked_for_but_not_for_the_page(trained):
-    def check(request: fastapi.Request):
-        if request.headers.get("authorization") != "Bearer right":
-            raise fastapi.HTTPException(401)
-
-    guarded = client(trained, checks=[check])
+    guarded = client(trained, keys=(("me", "r" * 16),))
     body = {"messages": [asked("?", png(1))], "answer": "red"}
-    for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer right", 200)):
+    for key, status in (("", 401), ("Bearer wrong", 401), ("Bearer " + "r" * 16, 200)):
         headers = {"authorization": key}
         assert guarded.get("/look/info", headers=headers).status_code == status
         assert guarded.post("/look", headers=headers, json=body).status_code == status
     assert all(guarded.get(f"/{name}").status_code == 200 for name in look.FILES)
 
 
+def test_how_many_wait_and_how_long(trained):
+    body = {"messages": [asked("?", png(1))], "answer": "red"}
+    for settings, status, code in (({"queued": 0}, 429, "busy"), ({"seconds": 0.0}, 503, "timeout")):
+        got = client(trained, **settings).post("/look", json=body)
+        assert got.status_code == status and got.json()["error"]["code"] == code and got.headers["retry-after"]
+
+
 def test_what_the_page_is_told_of_a_model(trained):
-    assert client(trained, most_bytes=1000).get("/look/info").json() == {
+    assert client(trained, max_body=1000).get("/look/info").json() == {
         "chats": True, "modalities": ["image"], "context": 128, "attention": "", "most_bytes": 740,
     }  # fmt: skip
     text = dataclasses.replace(trained, texts=(trained.run.data.name,))

@@ -14,10 +14,10 @@ import pytest
 import uvicorn
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from gpt4v_jax.serve import look
 from gpt4v_jax.training import workdir
 from tests.serve import browser as browser_lib
-from tests.serve.test_look import made, png, prompt_maker
+from tests.serve import fake as fake_lib
+from tests.serve.test_look import made, png
 from tests.test_evaluate import folder  # noqa: F401
 
 ANSWER = ".answer:last-child "
@@ -29,20 +29,19 @@ DONE = f"{ANSWER}.again:not([hidden])"
 class Fake:
     """/v1/models and the completions of a server whose answers are put into `say`."""
 
-    def __init__(self, trained, **options):
+    def __init__(self, trained, key="", **settings):
         self.asked: queue.Queue[dict] = queue.Queue()  # bodies
         self.gone: queue.Queue[bool] = queue.Queue()  # of each stream: whether it was cut
         self.refuse: list[tuple[int, str]] = []  # (status, message) of the next requests
-        self.key, self._pieces, self._loop = "", asyncio.Queue(), None
+        self.key, self._pieces, self._loop = key, asyncio.Queue(), None
         app = fastapi.FastAPI(dependencies=[fastapi.Depends(self._check)])
         app.add_exception_handler(fastapi.HTTPException, lambda _, e: self._error(e.status_code, e.detail))
         pages = fastapi.FastAPI()
-        pages.include_router(look.router(trained, prompt_maker(trained), checks=[self._check], **options))
-        pages.add_exception_handler(fastapi.HTTPException, lambda _, e: self._error(e.status_code, e.detail))
         app.get("/models")(lambda: {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
         app.post("/chat/completions")(self._answer)
         app.post("/completions")(self._answer)
         pages.mount("/v1", app)
+        pages.mount("/", fake_lib.app(model=trained, keys=(("me", key),) if key else (), **settings))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/"
         self._server = uvicorn.Server(uvicorn.Config(pages, log_level="error", lifespan="off"))
@@ -121,9 +120,8 @@ def serve(page):
     """serve(trained, ...) -> a Fake, and the page open in the browser with its storage empty."""
     fakes = []
 
-    def start(trained, width=1280, height=800, mobile=False, connects=True, key="", **options):
-        fakes.append(fake := Fake(trained, **options))
-        fake.key = key
+    def start(trained, width=1280, height=800, mobile=False, connects=True, **settings):
+        fakes.append(fake := Fake(trained, **settings))
         page.open(fake.url, width, height, mobile)
         if connects:
             page.until("document.title === 'tiny' && document.activeElement.id === 'text'")
@@ -232,7 +230,7 @@ def test_an_answer_that_breaks_off_is_kept(end, message, page, serve, trained):
 
 def test_pictures_come_by_drop_by_choice_and_leave(page, serve, trained, scene, tmp_path):
     """What the model does not read, what is too large and what is no medium is left out, and said."""
-    fake = serve(trained, most_bytes=3 * scene.stat().st_size)
+    fake = serve(trained, max_body=3 * scene.stat().st_size)
     big, song, note = tmp_path / "big.png", tmp_path / "song.wav", tmp_path / "note.txt"
     big.write_bytes(2 * scene.read_bytes())
     song.write_bytes(b"RIFF")
@@ -361,7 +359,7 @@ def test_sampling_is_sent_said_and_remembered(page, serve, trained):
 def test_a_key_is_asked_for_and_kept_for_the_tab(page, serve, trained):
     fake = serve(trained, connects=False, key="secret")
     page.there("#key:not([hidden])")
-    assert "asks for a key" in page.of("#hint", ".textContent")
+    assert "a key is needed" in page.of("#hint", ".textContent")
     page.of("#secret", ".focus()")
     page.type("secret")
     page.press("Enter")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from gpt4v_jax.generate import score
 from tests.serve import fake
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -39,7 +40,8 @@ def test_a_chat_joined_is_the_whole_answer(engine):
         assert logprobs == expected[k]["logprobs"]["content"]
 
 
-def test_a_completion_joined_is_the_whole_answer(engine):
+def test_a_completion_joined_is_the_whole_answer(engine, monkeypatch):
+    monkeypatch.setattr(score, "prompt", fake.scored)
     body = {"prompt": ["éh", "x"], "echo": True, "logprobs": 1, "seed": 1}
     *chunks, _ = streamed(engine, COMPLETION, body)
     expected = whole(engine, COMPLETION, body)["choices"]
@@ -48,6 +50,16 @@ def test_a_completion_joined_is_the_whole_answer(engine):
         assert "".join(c["text"] for c in mine) == expected[k]["text"] and mine[-1]["finish_reason"] == "stop"
         for name, values in expected[k]["logprobs"].items():
             assert [value for c in mine for value in c["logprobs"][name]] == values
+
+
+def test_offsets_wait_for_whole_characters(engine):
+    """Each of a character's tokens begins where it does, and so does what is behind it."""
+    engine.says = "aé€b"
+    body = {"prompt": "x", "logprobs": 0}
+    *chunks, _ = streamed(engine, COMPLETION, body)
+    (choice,) = whole(engine, COMPLETION, body)["choices"]
+    joined = [at for chunk in chunks for at in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert joined == choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
 
 
 def test_usage_comes_last_where_it_is_asked_for(engine):
