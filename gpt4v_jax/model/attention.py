@@ -284,7 +284,7 @@ def _attend_alone(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
         mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, behind)))
         bias_BNTS = None if bias_BNTS is None else jnp.pad(bias_BNTS, ((0, 0), (0, 0), (0, 0), (0, behind)))
 
-    if B * K * G * T * 2 * BLOCK >= LARGE:
+    if T == 1 and B * K * G * 2 * BLOCK >= LARGE:
         return _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS)
 
     def one(i, carry):

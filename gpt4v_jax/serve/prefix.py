@@ -101,7 +101,8 @@ def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Ca
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _read(model: GPT4V, params, batch: batch_lib.Batch, memory, cache: attention.Cache):
     before, count = cache.cursor, jnp.sum(batch.document > 0)
-    cache = cache.replace(memory=memory[0], memory_parts=memory[1])
+    # With a cursor of its own a row reads only such blocks of the cache as are in use: attention.Sight.alone.
+    cache = cache.replace(memory=memory[0], memory_parts=memory[1], cursor=before[None])
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
     return model.apply({"params": params}, last, method="logits"), cache.replace(cursor=before + count)

@@ -97,7 +97,7 @@ def requests(trained) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention", "encoder_decoder"))
+@pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention"))
 def test_an_answer_does_not_depend_on_company_or_memory(name):
     """To the bit: all at once in three rows, twice, so that much is remembered; one by one; nothing remembered. And
     the tokens are those of decode.generate."""
