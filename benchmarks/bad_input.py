@@ -118,7 +118,7 @@ class Kind:
     statuses: tuple[int, ...] = (400,)
     path: str = CHAT
     headers: dict = dataclasses.field(default_factory=dict)
-    act: Callable | None = None  # act(address) -> (statuses, what is to be said), in place of bodies
+    act: Callable | None = None  # act(address) -> (is it right?, statuses, what is to be said), in place of bodies
 
 
 def kinds(victim: int, folder: Path) -> list[Kind]:
@@ -168,8 +168,8 @@ def kinds(victim: int, folder: Path) -> list[Kind]:
         Kind("special tokens typed as text", (chat("<end><assistant><pad><image>" * 20),), (200,)),
         Kind("50 clients that leave in mid-stream", act=leavers),
         Kind("50 connections with slow headers", act=slow),
-        Kind("a header of 1 MB", act=long_header, statuses=(400, 431)),
-        Kind("64 clients at once", act=crowd, statuses=(200, 429, 503)),
+        Kind("a header of 1 MB", act=long_header),
+        Kind("64 clients at once", act=crowd),
     ]  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def stream_and_leave(address: str) -> None:
             seen += more
 
 
-def leavers(address: str) -> tuple[list[int], str]:
+def leavers(address: str) -> tuple[bool, list[int], str]:
     """All come at once; the last one's leaving to the last row's freedom is what is timed."""
     threads = [threading.Thread(target=stream_and_leave, args=(address,)) for _ in range(50)]
     for thread in threads:
@@ -222,10 +222,10 @@ def leavers(address: str) -> tuple[list[int], str]:
     while gauge(address, "running") + gauge(address, "waiting") > 1:  # the good one's
         time.sleep(0.02)
     took = time.monotonic() - left
-    return [400 if took < BARS["slot_seconds"] else 0], f"{took:.2f} s after the last left their rows were free"
+    return took < BARS["slot_seconds"], [], f"{took:.2f} s after the last left their rows were free"
 
 
-def slow(address: str) -> tuple[list[int], str]:
+def slow(address: str) -> tuple[bool, list[int], str]:
     wires = [socket.create_connection(_pair(address), SECONDS) for _ in range(50)]
     began, closed = time.monotonic(), 0
     for wire in wires:
@@ -243,21 +243,22 @@ def slow(address: str) -> tuple[list[int], str]:
         except TimeoutError:
             pass
         wire.close()
-    return [400 if closed == 50 else 0], f"{closed} of 50 were closed within 14 s"
+    return closed == 50, [], f"{closed} of 50 were closed within 14 s"
 
 
-def long_header(address: str) -> tuple[list[int], str]:
+def long_header(address: str) -> tuple[bool, list[int], str]:
     with socket.create_connection(_pair(address), SECONDS) as wire:
         try:
             wire.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n")
             first = wire.recv(4096)
         except (ConnectionResetError, BrokenPipeError):
-            return [400], "closed while it was sent"
+            return True, [], "closed while it was sent"
     found = re.match(rb"HTTP/1.1 (\d+)", first)
-    return [int(found[1]) if found else 400], "" if found else "closed"
+    status = [int(found[1])] if found else []
+    return status in ([], [400], [431]), status, "" if found else "closed"
 
 
-def crowd(address: str) -> tuple[list[int], str]:
+def crowd(address: str) -> tuple[bool, list[int], str]:
     statuses, waits = [], []
 
     def one():
@@ -273,7 +274,7 @@ def crowd(address: str) -> tuple[list[int], str]:
         thread.join()
     fine = all(status == 200 or wait for status, wait in zip(statuses, waits, strict=True))
     counts = ", ".join(f"{statuses.count(status)} x {status}" for status in sorted(set(statuses)))
-    return statuses if fine else [0], counts
+    return fine and set(statuses) <= {200, 429, 503}, statuses, counts
 
 
 def _pair(address: str) -> tuple[str, int]:
@@ -373,7 +374,7 @@ def _well(pipe, count: int) -> list[float]:
 
 def _beside(kind: Kind, address: str, pipe, least: int, rest: float, pid: int) -> Found:
     """Sends a kind over and over until `least` good answers have begun and ended beside it."""
-    statuses, said, over = [], "", threading.Event()
+    statuses, right, said, over = [], True, "", threading.Event()
     seconds: list[float] = []
 
     def count():
@@ -386,24 +387,26 @@ def _beside(kind: Kind, address: str, pipe, least: int, rest: float, pid: int) -
     with client(address, "bad") as asked:
         while not over.is_set():
             if kind.act:
-                got, said = kind.act(address)
+                fine, got, said = kind.act(address)
+                right &= fine
                 statuses += got
                 sent += 1
             for body in kind.bodies:
                 status, message = send(asked, kind, body)
+                right &= status in kind.statuses
                 statuses.append(status)
                 said = said or message
                 sent += 1
     counting.join()
-    return Found(kind.name, sent, sorted(set(statuses)), set(statuses) <= set(kind.statuses), said,
-                 [s / rest for s in seconds], resident(pid))  # fmt: skip
+    times = [s / rest for s in seconds]
+    return Found(kind.name, sent, sorted(set(statuses)), right, said, times, resident(pid))
 
 
 # ---- the report
 
 
 def line_of(found: Found) -> str:
-    statuses = ", ".join(map(str, found.statuses)) if found.statuses != [0] else "-"
+    statuses = ", ".join(map(str, found.statuses)) or "-"
     said = " ".join(found.said.split()).replace("|", "\\|")
     said = said if len(said) <= 110 else said[:107] + "..."
     return (f"| {found.name} | {found.sent} | {statuses}{'' if found.right else ' **wrong**'} | {said} | "
