@@ -275,8 +275,8 @@ def _attend_alone(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
     """`_attend`, BLOCK keys at a time up to the last one that a row sees, with the same bits however many there are.
 
     The order of a sum, and so its last bits, depend on its length: here each has the same length, and a block that a
-    row does not see changes nothing of it. Running largest score: Milakov & Gimelshein 2018, algorithm 3. A step of many
-    rows, which sees most blocks, has them all at once.
+    row does not see changes nothing of it. Running largest score: Milakov & Gimelshein 2018, algorithm 3. A step
+    of many rows, which sees most blocks, has them all at once.
     """
     (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
     behind = max(-S % BLOCK, 2 * BLOCK - S)  # a loop over one block would cut nothing, and be compiled otherwise
