@@ -1,7 +1,8 @@
 """Continuous batching (Yu et al. 2022, Orca): requests share the rows of one cache, each for as long as it lasts.
 
 One thread owns the device. Each turn of it reads one chunk of the next prompt, and one token for every row in use. How
-many rows are in use changes neither shapes nor programs: an answer does not depend on who else is there.
+many rows are in use changes neither shapes nor programs: an answer does not depend on who else is there. Nor may one
+user's prompts hold up the others' answers for long: SHARE.
 """
 
 import collections
@@ -24,6 +25,8 @@ from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
 from gpt4v_jax.training.workdir import Trained
 
 DRAWN = sample.Sampling(1.0)
+SHARE = 0.25  # of the time may go to chunks of one user's prompts, while others' rows go on and nobody else waits
+LONGEST_PAUSE = 1.0  # seconds: what takes longer has been compiled
 LEAST = 128  # slots of the cache's rows; half as many more, and again, where a row needs them
 
 log = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class Engine:
         self._waiting: dict[str, collections.deque[Ticket]] = {}  # by user, whose turn it is first
         self._live: list[Ticket | None] = [None] * slots
         self._filling: tuple[Ticket, Iterator] | None = None
+        self._pause = "", 0.0  # whose chunk was read last, and until when the next one of the same user waits
         self._lock = threading.Condition()
         self._closing: float | None = None  # when what runs is cut
         self._state, self._rules_of, self._rules = None, None, {}
@@ -172,7 +176,7 @@ class Engine:
         self._end_overdue(now)
         if self._filling is None and None in self._live:
             self._begin_next()
-        if self._filling is not None:
+        if self._filling is not None and not self._paced():
             self._fill()
         if any(self._live):
             self._step()
@@ -232,14 +236,28 @@ class Engine:
             return str(error)
         return ""
 
+    def _paced(self) -> bool:
+        """Whether the next chunk must wait, so that who asks much does not halve the speed of who has asked before."""
+        user, (last, until) = self._filling[0].request.user, self._pause
+        if user != last or time.monotonic() >= until:
+            return False
+        with self._lock:
+            others_wait = any(other != user for other in self._waiting)
+        return not others_wait and any(t and t.request.user != user for t in self._live)
+
     def _fill(self) -> None:
         ticket, chunks = self._filling
+        began = time.monotonic()
         try:
             logits, cache, ticket.cached = next(chunks)
         except (config.InputError, BadMedium) as error:
             self._filling = None
             return self._end(ticket, "unreadable" if isinstance(error, BadMedium) else "error", str(error))
         self.counts["chunks_total"] += 1
+        if any(t and t.request.user != ticket.request.user for t in self._live):
+            jax.block_until_ready(cache.cursor)
+            took = time.monotonic() - began
+            self._pause = ticket.request.user, began + min(took / SHARE, LONGEST_PAUSE)
         if logits is not None:
             self._admit(ticket, logits, cache)
             self._filling = None

@@ -1,7 +1,8 @@
 """Prompts in chunks, and what is remembered of chunks that were read before.
 
 A prompt is always read in the same chunks, whether the first of them are remembered or not, and each is computed with
-the same shapes from the same values: so an answer is the same to the bit with the cache and without it.
+the same shapes from the same values: so an answer is the same to the bit with the cache and without it. A prompt that
+is remembered to its end, logits and all, is not read again: other answers to it (n, a retry) begin at once.
 """
 
 import collections
@@ -9,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,20 +94,24 @@ def empty(model: GPT4V, rows: int, slots: int) -> attention.Cache:
     return attention.empty_cache(model.config.decoder, rows, slots, model.config.axes)
 
 
-def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Cache):
-    """-> (logits [1,V] behind the chunk, the cache with it: its padding is written over by what comes next)."""
+def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Cache, last: bool):
+    """-> (logits [1,V] behind the chunk, zeros unless it is the last one; the cache with it: its padding is written
+    over by what comes next)."""
     memory = cache.memory, cache.memory_parts  # grows, so that its buffers are of no use
-    return _read(model, params, batch, memory, cache.replace(memory=(), memory_parts=()))
+    return _read(model, params, batch, memory, cache.replace(memory=(), memory_parts=()), last)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model: GPT4V, params, batch: batch_lib.Batch, memory, cache: attention.Cache):
+def _read(model: GPT4V, params, batch: batch_lib.Batch, memory, cache: attention.Cache, last):
     before, count = cache.cursor, jnp.sum(batch.document > 0)
     # With a cursor of its own a row reads only such blocks of the cache as are in use: attention.Sight.alone.
     cache = cache.replace(memory=memory[0], memory_parts=memory[1], cursor=before[None])
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
-    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    return model.apply({"params": params}, last, method="logits"), cache.replace(cursor=before + count)
+    hidden = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
+    # Not static: that would be another program for each shape.
+    logits = jax.lax.cond(last, lambda: model.apply({"params": params}, hidden, method="logits"),
+                          lambda: jnp.zeros((1, model.config.vocab)))  # fmt: skip
+    return logits, cache.replace(cursor=before + count)
 
 
 IN_SLOTS = ("k", "v", "document", "step", "index")  # of attention.Cache: a value for each slot
@@ -131,32 +137,43 @@ def _put(cache: attention.Cache, part: attention.Cache, start) -> attention.Cach
     return jax.tree.map(jnp.copy, part).replace(**whole)
 
 
+class Part(NamedTuple):
+    """What a chunk has left: what _taken gives, and the logits [1,V] behind the last chunk of a prompt."""
+
+    cache: attention.Cache
+    logits: jax.Array | None
+
+
 class Prefixes:
-    """What chunks have left in the cache, the least recently used forgotten first. Not thread-safe."""
+    """The parts of chunks, the least recently used forgotten first. Not thread-safe."""
 
     def __init__(self, most_bytes: int):
-        self._known: collections.OrderedDict[bytes, attention.Cache] = collections.OrderedDict()
-        self._most, self.bytes, self.hits, self.asked = most_bytes, 0, 0, 0  # hits, asked: in positions
+        self._known: collections.OrderedDict[bytes, Part] = collections.OrderedDict()
+        self.most, self.bytes, self.hits, self.asked = most_bytes, 0, 0, 0  # hits, asked: in positions
 
-    def get(self, chunk: Chunk) -> attention.Cache | None:
+    def get(self, chunk: Chunk, last: bool) -> Part | None:
+        """last: the prompt ends with it, so that logits are needed."""
         self.asked += chunk.stop - chunk.start
         part = self._known.get(chunk.key)
-        if part is not None:
-            self._known.move_to_end(chunk.key)
-            self.hits += chunk.stop - chunk.start
+        if part is None or last and part.logits is None:
+            return None
+        self._known.move_to_end(chunk.key)
+        self.hits += chunk.stop - chunk.start
         return part
 
-    def put(self, chunk: Chunk, part: attention.Cache) -> None:
+    def put(self, chunk: Chunk, part: Part) -> None:
         size = _bytes(part)
-        if size > self._most or chunk.key in self._known:
+        if size > self.most:
             return
+        if chunk.key in self._known:  # without logits: it was no prompt's last one
+            self.bytes -= _bytes(self._known.pop(chunk.key))
         self._known[chunk.key] = part
         self.bytes += size
-        while self.bytes > self._most:
+        while self.bytes > self.most:
             self.bytes -= _bytes(self._known.popitem(last=False)[1])
 
 
-def _bytes(part: attention.Cache) -> int:
+def _bytes(part: Part) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(part))
 
 
@@ -165,16 +182,17 @@ def filled(trained: Trained, document: chat.Document, read: prompts.Read | None,
     """Reads a prompt, a chunk a step -> (logits [1,V] once all is read, else None; a cache of so many slots; how many
     positions were remembered). slots: room for the longest prompt and BUCKET more, for a chunk is padded."""
     cache = empty(trained.model, 1, slots)
-    remembered, all_known = 0, True
+    remembered = 0
     for chunk in chunks(document, read, trained.layout):
         last = chunk.stop == len(document)
-        # The last one is always read: the answer begins with its logits.
-        part = prefixes.get(chunk) if all_known and not last else None
+        part = prefixes.get(chunk, last) if remembered == chunk.start else None
         if part is not None:
-            cache, remembered = _put(cache, part, chunk.start), chunk.stop
+            cache, remembered = _put(cache, part.cache, chunk.start), chunk.stop
+            if last:
+                yield part.logits, cache, remembered
             continue
-        all_known = False
-        logits, cache = read_chunk(trained.model.clone(layout=chunk.layout), trained.params, chunk.batch, cache)
-        if not last:
-            prefixes.put(chunk, _taken(cache, chunk.start, chunk.batch.tokens.shape[1]))
-        yield logits if last else None, cache, remembered
+        logits, cache = read_chunk(trained.model.clone(layout=chunk.layout), trained.params, chunk.batch, cache, last)
+        logits = logits if last else None
+        if prefixes.most:
+            prefixes.put(chunk, Part(_taken(cache, chunk.start, chunk.batch.tokens.shape[1]), logits))
+        yield logits, cache, remembered
