@@ -31,7 +31,7 @@ define install
  else $(PY) -m pip install -q -r $(2); fi
 endef
 
-.PHONY: help quickstart test lint soak bench bench-decode parity modalities omni lock clean
+.PHONY: help quickstart test lint soak bench bench-decode parity clients modalities omni lock clean
 
 help:
 	@echo "make quickstart   train a small model on the CPU, evaluate it, ask it a question, write a report; run again to resume"
@@ -41,6 +41,7 @@ help:
 	@echo "make bench        training speed beside PyTorch   (Python 3.11 only)"
 	@echo "make bench-decode decoding speed beside Hugging Face's, docs/results/decode.md   (Python 3.11 only)"
 	@echo "make parity       our layers beside Hugging Face's: docs/results/parity.md   (Python 3.11 only)"
+	@echo "make clients      openai's Python and node clients and lm-eval at a live server: docs/results/clients.md; needs a network"
 	@echo "make modalities   every task of docs/results/modalities.md, which is written anew: hours; run again to go on"
 	@echo "make omni         four modalities in one model beside each alone: docs/results/omni.md; run again to go on"
 	@echo "make lock         write requirements/ anew from setup.py   (make lock ARGS=--upgrade takes newer versions)"
@@ -74,6 +75,9 @@ soak: $(TEST)
 
 modalities omni: $(TEST)
 	$(PY) -m benchmarks.$@ --train
+
+clients: $(TEST)
+	$(PY) -m benchmarks.clients --out docs/results
 
 ifneq ($(filter 3.11.%,$(VERSION)),)
 bench: $(TEST)

@@ -148,7 +148,8 @@ def machine() -> dict[str, str]:
     if Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].split(":", 1)[1].strip() if models else cpu
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "torch", "transformers")}
+    packages = ("jax", "flax", "optax", "torch", "transformers")  # the last two are not everywhere
+    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),

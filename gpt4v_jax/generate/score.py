@@ -41,4 +41,5 @@ def _scored(model: GPT4V, params, batch: batch_lib.Batch, most: int):
     # In pieces: the logits of all positions would be the largest array of the whole server.
     following = jnp.roll(batch.tokens[0], -1).reshape(-1, decode.BUCKET)
     pieces = (hidden.reshape(-1, decode.BUCKET, hidden.shape[1]), following)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(piece, pieces))
+    # Sizes and no -1: where no others are asked for (most=0), theirs are empty.
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), jax.lax.map(piece, pieces))

@@ -87,6 +87,9 @@ def test_a_completion(client):
     assert "".join(part.choices[0].text for part in parts) == whole.text
     scored = client.completions.create(**body | {"max_tokens": 0}, echo=True, logprobs=1).choices[0].logprobs
     np.testing.assert_allclose(scored.token_logprobs[1:], whole.logprobs.token_logprobs[1:5], rtol=1e-5)
+    alone = client.completions.create(**body, echo=True, logprobs=0).choices[0].logprobs  # no others beside it
+    np.testing.assert_allclose(alone.token_logprobs[1:], whole.logprobs.token_logprobs[1:], rtol=1e-5)
+    assert all(list(top) == [token] for token, top in zip(alone.tokens[1:], alone.top_logprobs[1:], strict=True))
 
 
 def test_constrained(client):
