@@ -178,7 +178,7 @@ const CHECKS = {
     await refused(bad, 'context_length_exceeded', 'messages', () => ask('red '.repeat(3000)))
     await refused(bad, 'invalid_value', 'n', () => ask('hi', { n: '3' }))
     await refused(bad, 'unsupported_parameter', 'tools', () => ask('hi', { tools: [] }))
-    await refused(bad, 'invalid_medium', null, () => ask([{ type: 'image_url', image_url: none }]))
+    await refused(bad, 'invalid_medium', 'messages[0].content[0]', () => ask([{ type: 'image_url', image_url: none }]))
     await refused(OpenAI.AuthenticationError, 'invalid_api_key', null,
       () => ask('hi', {}, it.withOptions({ apiKey: 'other'.repeat(4) })))
     await refused(OpenAI.NotFoundError, 'model_not_found', 'model', () => ask('hi', { model: 'other' }))

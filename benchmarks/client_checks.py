@@ -232,7 +232,7 @@ def errors(it):
     refused(bad, "context_length_exceeded", "messages", ask, it, "red " * 3000)
     refused(bad, "invalid_value", "n", ask, it, n="3")
     refused(bad, "unsupported_parameter", "tools", ask, it, tools=[])
-    refused(bad, "invalid_medium", None, ask, it, [nothing])
+    refused(bad, "invalid_medium", "messages[0].content[0]", ask, it, [nothing])
     refused(openai.AuthenticationError, "invalid_api_key", None, ask, it.with_options(api_key="other" * 4))
     refused(openai.NotFoundError, "model_not_found", "model", ask, it, model="other")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from gpt4v_jax import config
 from gpt4v_jax.data import chat
+from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.generate import constrain, prompts, sample
 from gpt4v_jax.serve.errors import ApiError, shown
 from gpt4v_jax.serve.requests import MOST_LOGPROBS, Request
@@ -276,6 +277,8 @@ class naming:
     def __exit__(self, kind, error, trace) -> None:
         if type(error) is config.InputError:
             raise ApiError(f"{self.name}: {error}", self.name, self.code) from None
+        if isinstance(error, BadMedium):
+            raise ApiError(f"{self.name}: a medium cannot be used: {error}", self.name, "invalid_medium") from None
 
 
 def requests(wish: Asked, prompt: chat.Document, read: prompts.Read | None, context: int, field: str = "prompt",

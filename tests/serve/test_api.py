@@ -188,6 +188,13 @@ def raw(body: bytes, kind: str = "application/json"):
     return {"content": body, "headers": {"content-type": kind}}
 
 
+def test_an_error_names_the_medium_that_is_meant(client):
+    asked = {"messages": [fake.shown("x", fake.png(), b"no picture")]}
+    error = failed(client.post(CHAT, json=asked), 400, "invalid_medium")
+    assert error["param"] == "messages[0].content[1]" and error["message"].startswith(error["param"])
+    assert failed(client.post("/v1/audio/transcriptions", files={"file": b"no sound"}), 400)["param"] == "file"
+
+
 @pytest.mark.parametrize("path, sent, status, code", [
     (CHAT, raw(b"{"), 400, "invalid_json"), (CHAT, raw(b"[]"), 400, "invalid_type"),
     (CHAT, raw(b""), 400, "invalid_json"),
