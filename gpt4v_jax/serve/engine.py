@@ -135,12 +135,13 @@ class Engine:
 
     def warm(self) -> Iterator[str]:
         """Compiles what texts will need, before there are any: yields what it compiles."""
-        for number, size in enumerate(self._sizes()):
-            yield f"decoding with {size} slots"
-            prompt = prompts.plain([0] * (size - 1))
-            over, sampling = threading.Event(), DRAWN if number else decode.GREEDY
-            self.submit(Request(prompt, None, 1, sampling), lambda delta, over=over: delta.finish and over.set())
-            over.wait()
+        for name, length in [("short prompts", 1), *((f"{size} slots", size - 1) for size in self._sizes())]:
+            yield f"decoding with {name}"
+            for sampling in (decode.GREEDY, DRAWN):  # the second time the prompt is remembered
+                over = threading.Event()
+                self.submit(Request(prompts.plain([0] * length), None, 1, sampling),
+                            lambda delta, over=over: delta.finish and over.set())  # fmt: skip
+                over.wait()
 
     # ---- the thread
 

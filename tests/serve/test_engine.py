@@ -478,12 +478,15 @@ def test_stats_add_up(trained):
     assert sum(n for name, n in stats.items() if name.startswith("finish_")) == 3
 
 
-def test_warm_compiles_all_sizes(trained):
+def test_warm_compiles_what_texts_need(trained):
     engine = Engine(trained, slots=2)
-    assert len(list(engine.warm())) == len(list(engine._sizes())) > 1
-    together(engine, [Request(ask(trained, "ab"), None, 1)])
+    assert len(list(engine.warm())) == 1 + len(list(engine._sizes())) > 2
+    made = [f._cache_size() for f in (prefix._read, prefix._put, slots_lib.choose, slots_lib.advance)]
+    for n in (1, 3, 9):
+        for sampling in (sample.Sampling(), DRAWN):
+            together(engine, [Request(prompts.plain([5] * n), None, 12, sampling)] * 2)
     engine.close()
-    assert engine.running == 0
+    assert made == [f._cache_size() for f in (prefix._read, prefix._put, slots_lib.choose, slots_lib.advance)]
 
 
 def test_idle_rows_stay_finite(trained):
