@@ -67,8 +67,6 @@ def test_floats_outputs_first(rows):
     assert kernel.values.shape == (32, 48) and kernel.scale is None
     size = np.abs(w).max(axis=1)
     np.testing.assert_allclose(kernel.product(x) / size, x @ (w.T / size), atol=1e-5)
-    few, many = (jax.jit(kernel.product).lower(jnp.ones((n, 48))).as_text() for n in (32, 33))
-    assert "convolution" in few and "convolution" not in many
 
 
 def test_floats_of_other_kinds_stay():
