@@ -75,6 +75,7 @@ BOUNDS = (
 )  # fmt: skip
 MEANING = {"temperature": "; 0 is greedy", "top_k": "; 0 is all tokens", "no_repeat_ngram_size": "; 0 is no such law"}
 NUMBERS = tuple(name for name, *_ in BOUNDS)
+CUTS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 WHOLE = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
 OFF = {field.name: field.default for field in dataclasses.fields(Sampling)} | {"temperature": 0.0}
 
