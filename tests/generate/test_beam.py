@@ -302,6 +302,20 @@ def test_stop_strings_end_beams_as_the_reference_s(stop, num_beams, settings, en
     assert seen.count("text") > 3 and set(seen) > {"text"}, "some end by their text, and some otherwise"
 
 
+def likely(tokens, log_p):
+    return log_p.at[:, 9].add(2.5)
+
+
+def test_to_be_stopped_is_to_end():
+    """Also a candidate behind the first ones, which does not finish, must not live on."""
+    model, params = tiny.make_model(tiny.make_config(tied=False))
+    asked = [tiny.document(text, model.layout, seed) for seed, text in enumerate(("I U3", "U2", "I U1 I U2", "I U6"))]
+    how = {"process": likely, "num_return_sequences": 4}
+    ended = search(model, params, asked, 4, 8, (9,), **how)
+    assert search(model, params, asked, 4, 8, (), stopped=lambda i, tokens: tokens[-1] == 9, **how) == ended
+    assert len({len(b.tokens) for row in ended for b in row if b.finish == "stop"}) > 5
+
+
 def test_what_stops_nothing_changes_nothing():
     trained = make(context=64, tied=False)
     prompts = [prompts_lib.plain([8, 9, 29]), prompts_lib.plain([12])]
