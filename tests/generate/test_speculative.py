@@ -74,7 +74,8 @@ def test_rows_end_in_mid_draft(ragged):
     later = [token for row in free for token in set(row[1:])]
     end = max(sorted(set(later)), key=later.count)
     ended = make(end=end, context=32, tied=False, position="learned", pattern=("local", "global"), window=4, buckets=8)
-    found, _ = same(ended, prompts, noisy(ended, 0.1), 16)
+    found, counts = same(ended, prompts, noisy(ended, 0.1), 16)
+    assert (counts.rounds <= [len(row) for row in found]).all(), "what has ended goes no further"
     assert 3 < sum(len(row) < len(all) for row, all in zip(found, free, strict=True)) < len(prompts)
 
 
@@ -103,7 +104,7 @@ def test_the_target_model_itself_as_the_draft():
 LAWS = {
     "penalties": {"repetition_penalty": 1.4, "presence_penalty": 0.3, "frequency_penalty": 0.2},
     "forbidden": {"no_repeat_ngram_size": 3, "min_new_tokens": 7, "bad_words_ids": ((24,), (9, 9), (7, 7, 7)),
-                  "logit_bias": ((20, 2.0), (7, -2.0))},
+                  "logit_bias": ((21, 4.0), (7, -2.0))},
     "frequency_penalty": {"frequency_penalty": 1.0}, "presence_penalty": {"presence_penalty": 2.0},
     "repetition_penalty": {"repetition_penalty": 1.8}, "no_repeat_ngram_size": {"no_repeat_ngram_size": 3},
     "bad_words_ids": {"bad_words_ids": ((24,), (9, 9), (7, 7, 7))}, "min_new_tokens": {"min_new_tokens": 12},
@@ -137,7 +138,7 @@ def test_what_an_encoder_reads_is_copied_but_was_not_said():
 
 def test_laws_that_leave_no_token():
     """Nothing is left once each has been said."""
-    trained, prompts = make(context=64), [prompts_lib.plain([8, 9]), prompts_lib.plain([12])]
+    trained, prompts = make(context=64, end=99), [prompts_lib.plain([8, 9]), prompts_lib.plain([12])]
     for proposer, rounds in ((LOOKUP, tiny.VOCAB - 1), (trained, tiny.VOCAB // 4)):  # one and k + 1 tokens a round
         found, counts = same(trained, prompts, proposer, 40, law=sample.Sampling(no_repeat_ngram_size=1))
         assert [len(row) for row in found] == [tiny.VOCAB - 2, tiny.VOCAB - 1] and counts.rounds[1] == rounds
