@@ -16,7 +16,6 @@ from gpt4v_jax import command, config
 from gpt4v_jax.data import chat, mixture, sources
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.generate import beam, constrain, decode, prompts, sample, speculative, weights
-from gpt4v_jax.generate import draft as draft_lib
 from gpt4v_jax.training import workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
@@ -43,7 +42,8 @@ _LOGPROBS = flags.DEFINE_integer("logprobs", None, "print each token's log-proba
 _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "the second prompt of guidance_scale; otherwise the first one "
                                 "without its media, or its last token")  # fmt: skip
 _DO_SAMPLE = flags.DEFINE_bool("do_sample", None, "draw, at temperature 1 if none is set; --nodo_sample is greedy")
-_BEAMS = flags.DEFINE_integer("num_beams", 1, "beam search with so many beams; nothing is drawn")
+_BEAMS = flags.DEFINE_integer("num_beams", 1, "beam search with so many beams; with a temperature "
+                              "they are drawn")  # fmt: skip
 _LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "of beams: above 0 long answers are favoured")
 _EARLY = flags.DEFINE_enum("early_stopping", "False", ("False", "True", "never"), "of beams: True ends with the first "
                            "num_beams that are finished")  # fmt: skip
@@ -81,7 +81,7 @@ _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best
 def main() -> None:
     given = {name: flag.value for name, flag in _SAMPLING.items() if flag.value is not None}
     drawn = sample.Sampling(**given, do_sample=_DO_SAMPLE.value).temperature > 0  # bad values are said at once
-    cuts = [name for name in draft_lib.DRAWN if name in given and name != "temperature"]
+    cuts = [name for name in sample.CUTS if name in given]
     if cuts and not drawn:
         raise config.InputError(f"--{cuts[0]} says what is drawn, and nothing is: set --temperature, or --do_sample")
     _check_ways()
@@ -119,8 +119,8 @@ def _ask(trained: workdir.Trained, sampling: sample.Sampling, files: list[tuple[
         second = [_second(trained, prompt, question)]
     if _BEAMS.value != 1:
         answers = beam.generate(
-            trained, [prompt], read, _MAX_NEW_TOKENS.value, _BEAMS.value, sampling, max_length=_MAX_LENGTH.value,
-            length_penalty=_LENGTH_PENALTY.value, num_return_sequences=_SEQUENCES.value,
+            trained, [prompt], read, _MAX_NEW_TOKENS.value, _BEAMS.value, sampling, [_SEED.value], _STOP.value,
+            max_length=_MAX_LENGTH.value, length_penalty=_LENGTH_PENALTY.value, num_return_sequences=_SEQUENCES.value,
             early_stopping="never" if _EARLY.value == "never" else _EARLY.value == "True",
         )  # fmt: skip
     elif _speculates():
@@ -152,9 +152,9 @@ def _check_ways() -> None:
     grammars, guided = (_REGEX, _CHOICES, _SCHEMA), (_NEGATIVE, _SAMPLING["guidance_scale"])
     for way, chosen, others in (
         ("--chat", _CHAT.value, (_PROMPT, _RECORD, _LOGPROBS, _SEQUENCES, _BEAMS, _LOOKUP, _ASSISTANT, *guided)),
-        ("--num_beams", _BEAMS.value != 1, (_STOP, _LOGPROBS, _LOOKUP, _ASSISTANT, *grammars, *guided)),
+        ("--num_beams", _BEAMS.value != 1, (_LOGPROBS, _LOOKUP, _ASSISTANT, *grammars, *guided)),
         ("--assistant_model", _ASSISTANT.value is not None, (_LOOKUP,)),
-        ("speculative decoding", _speculates(), (_STOP, _LOGPROBS, _SEQUENCES, _MAX_LENGTH, *grammars, *guided)),
+        ("speculative decoding", _speculates(), (_LOGPROBS, _SEQUENCES, _MAX_LENGTH, *grammars, *guided)),
     ):
         for flag in others if chosen else ():
             if flag.present:
@@ -196,12 +196,12 @@ def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: 
             media, draft_read = prompts.attach(draft.layout, files)
             more = {"draft_prompts": [prompts.prompt(draft, _PROMPT.value, media)], "draft_read": draft_read}
     room = decode.NEW_TOKENS if _MAX_NEW_TOKENS.value is None else _MAX_NEW_TOKENS.value
-    tokens, counts = speculative.generate(trained, [prompt], read, room, draft, _ASSISTANT_TOKENS.value, sampling,
-                                          [_SEED.value], **more)  # fmt: skip
+    answers, counts = speculative.generate(trained, [prompt], read, room, draft, _ASSISTANT_TOKENS.value, sampling,
+                                           [_SEED.value], _STOP.value, **more)  # fmt: skip
     accepted, drafted, rounds = (int(x[0]) for x in (counts.accepted, counts.drafted, counts.rounds))
-    print(f"{len(tokens[0])} tokens, {rounds + 1} passes of the model; {accepted} of {drafted} proposals accepted")
-    finish = "length" if len(tokens[0]) == decode.rooms(trained, [prompt], room)[0] else "stop"
-    return [decode.Answer(decode.text_of(trained, prompt, tokens[0]), tuple(tokens[0]), finish)]
+    said = len(answers[0].tokens)
+    print(f"{said} tokens, {rounds + 1} passes of the model; {accepted} of {drafted} proposals accepted")
+    return answers
 
 
 def _name(trained: workdir.Trained, token: int) -> str:

@@ -3,6 +3,9 @@
 A prompt has `num_beams` live beams, which are rows side by side, and keeps its `num_beams` best finished ones. A step
 takes the best candidates (a live beam and one token more): those that end finish if they are among the first
 `num_beams`, the best of the others live on (Sutskever et al. 2014, sec. 3.2; how long, says `early_stopping`).
+
+Beam sampling draws the candidates, without replacement, in place of taking the best: by their sums of log-probabilities
+with Gumbel noise (Kool et al. 2019, sec. 3), the first `num_beams` being those that were drawn first.
 """
 
 import dataclasses
@@ -11,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +32,7 @@ from gpt4v_jax.training.workdir import Trained
 class Beam:
     tokens: tuple[int, ...]  # an end token is the last of them, and counts in their length
     score: float  # the sum of their log-probabilities / len(tokens)**length_penalty
-    finish: str  # stop: an end token | length: its prompt's room is full
+    finish: str  # stop: an end token, or `stopped` says so | length: its prompt's room is full
 
 
 class State(NamedTuple):
@@ -44,6 +48,28 @@ class State(NamedTuple):
     open: jax.Array  # [B] bool: the search goes on
 
 
+class Candidates(NamedTuple):
+    """K of each prompt, best first, or as they were drawn."""
+
+    sums: jax.Array  # [B,K] float32; -inf: none
+    parent: jax.Array  # [B,K] int32: the live beam that it goes on from
+    token: jax.Array  # [B,K] int32
+    grown: jax.Array  # [B,K,N] int32: all of its tokens, -1 behind them
+
+
+@flax.struct.dataclass
+class How:
+    """What stays the same in a search."""
+
+    room: jax.Array  # [B] int
+    longest: jax.Array  # [B] int: a live beam's sum is divided by this length, at least, when it meets finished ones
+    length_penalty: float
+    at_once: bool  # W finished beams are enough
+    process: Any  # a jax.tree_util.Partial, or None
+    keys: Any  # [B] random keys, or None: nothing is drawn
+    end: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
 def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
@@ -51,6 +77,8 @@ def generate(
     max_new_tokens: int | None = None,
     num_beams: int = 4,
     sampling: sample.Sampling = decode.GREEDY,
+    seeds: Sequence[int] = (),
+    stop: Sequence[str] = (),
     *,
     max_length: int | None = None,
     length_penalty: float = 1.0,
@@ -58,25 +86,34 @@ def generate(
     num_return_sequences: int = 1,
 ) -> list[decode.Answer]:
     """-> the best num_return_sequences Answers of each prompt, best first; other arguments are decode.generate's and
-    `search`'s. Of sampling what changes logits is applied to log-probabilities, as there; nothing is drawn."""
-    if sampling.temperature or sampling.guidance_scale != 1:
-        raise config.InputError(f"num_beams={num_beams} draws nothing and is not guided: leave temperature at 0 and "
-                                "guidance_scale at 1")  # fmt: skip
+    `search`'s. What sampling changes of logits is applied to log-probabilities, as there. With a temperature candidates
+    are drawn, by one seed a prompt; a beam's score is the sum of what it was drawn by, which temperature has divided. A
+    stop string finishes a beam as an end token does."""
+    if sampling.guidance_scale != 1:
+        raise config.InputError(f"num_beams={num_beams} is not guided: leave guidance_scale={sampling.guidance_scale} "
+                                "at 1")  # fmt: skip
+    decode.check_stop(stop)
     room = decode.rooms(trained, prompts, max_new_tokens, max_length)
     slots = decode.rounded(max(room), decode.BLOCK)
     logits, cache, there = decode.begin(trained, prompts, read, slots)
     rows = [p.tokens for p in prompts for _ in range(num_beams)]
-    rules = sample.rules([sampling] * len(rows), trained.run.model.vocab)
-    ends = trained.tokenizer.ends
+    rules, ends = sample.rules([sampling] * len(rows), trained.run.model.vocab), trained.tokenizer.ends
+    keys = decode.keys_of(seeds, len(prompts)) if sampling.temperature else None
+    if keys is not None:
+        rules["min_tokens_to_keep"] = jnp.full(len(rows), _spare(num_beams, ends))
     process = jax.tree_util.Partial(_processed, sample.history(rows, slots), rules, ends) if rules else None
+
+    def stopped(i: int, tokens: tuple[int, ...]) -> bool:
+        text = decode.text_of(trained, prompts[i], tokens)
+        return any(s in text for s in stop)
+
     found = search(trained.model, trained.params, logits, cache, num_beams, room, ends, length_penalty, early_stopping,
-                   num_return_sequences, process)  # fmt: skip
+                   num_return_sequences, process, keys, stopped if stop else None)  # fmt: skip
     answers = []
-    for asked, here, beams in zip(prompts, there, found, strict=True):
+    for asked, here, most, beams in zip(prompts, there, room, found, strict=True):
         for beam in beams if here else ():
-            tokens = beam.tokens[:-1] if beam.finish == "stop" else beam.tokens
-            text = decode.text_of(trained, asked, tokens)
-            answers.append(decode.Answer(text, tokens, beam.finish, sequences_score=beam.score))
+            text, n, finish = decode.ended(trained, asked, beam.tokens, most, stop)
+            answers.append(decode.Answer(text, beam.tokens[:n], finish, sequences_score=beam.score))
         nothing = decode.Answer("", (), "forbidden" if here else "unreadable")
         answers += [nothing] * (num_return_sequences - (len(beams) if here else 0))
     return answers
@@ -88,7 +125,14 @@ def _processed(past: sample.History, rules: sample.Rules, end, tokens, scores):
     at = past.prompt[:, None] + jnp.arange(tokens.shape[1])
     rows = jnp.arange(len(tokens))[:, None]
     whole = past.tokens.at[rows, at].set(jnp.maximum(tokens, 0), mode="drop")
-    return sample.processed(scores, past.replace(tokens=whole, length=past.prompt + n), rules, end)
+    scores = sample.processed(scores, past.replace(tokens=whole, length=past.prompt + n), rules, end)
+    return sample.restrict(scores, rules) if "temperature" in rules else scores
+
+
+def _spare(num_beams: int, end: tuple[int, ...]) -> int:
+    """-> how many candidates a live beam has at least: of them len(end) may end, and one goes on. HF have two where
+    nothing ends, which drawing from them depends on. One beam has one: it is greedy, or drawn as decode draws."""
+    return max(2, 1 + len(end)) if num_beams > 1 else 1
 
 
 def search(
@@ -103,6 +147,8 @@ def search(
     early_stopping: bool | str = False,
     num_return_sequences: int = 1,
     process: Callable | None = None,
+    keys=None,
+    stopped: Callable[[int, tuple[int, ...]], bool] | None = None,
 ) -> list[list[Beam]]:
     """-> of each prompt its best num_return_sequences beams, best first; fewer where `process` forbids all others.
 
@@ -116,6 +162,12 @@ def search(
     process(tokens [B*num_beams,N] int32, log-probabilities [B*num_beams,V]) -> what takes their place, under jit;
     tokens are the answers so far, -1 behind them. Each function compiles its own search: what varies from call to call
     goes into the arrays of a jax.tree_util.Partial. Scores are not normalised after it.
+
+    keys [B]: random keys; candidates are drawn, those of token n by fold_in(key, n), and one beam is drawn as
+    decode.generate draws. None: the best are taken.
+
+    stopped(number of the prompt, a candidate's tokens) -> whether they end it. It is asked on the host, between steps,
+    so that a search with it is slower.
 
     Raises InputError for values out of range.
     """
@@ -137,61 +189,93 @@ def search(
     longest = np.array(room) if early_stopping == "never" and length_penalty > 0 else np.zeros(len(room), int)
     if process is not None and not isinstance(process, jax.tree_util.Partial):
         process = jax.tree_util.Partial(process)
-    done, scores = jax.device_get(
-        _search(model, params, logits, cache, num_beams, end, np.array(room), longest, length_penalty, at_once, process)
-    )
+    how = How(np.array(room), longest, length_penalty, at_once, process, keys, end)
+    if stopped is None:
+        last = _search(model, params, logits, cache, num_beams, how)
+    else:
+        last = _start(logits, cache, num_beams)
+        while last.open.any():
+            found = _candidates(last, how)
+            last = _advance(model, params, last, found, _asked(stopped, last.open, found), how)
+    done, scores = jax.device_get((last.done, last.scores))
     return [
-        [_beam(tokens, score, end) for tokens, score in zip(*of_prompt, strict=True) if score > -np.inf]
-        for of_prompt in zip(done[:, :num_return_sequences], scores[:, :num_return_sequences], strict=True)
+        [_beam(i, *one, end, stopped) for one in zip(*of_prompt, strict=True) if one[1] > -np.inf]
+        for i, of_prompt in enumerate(
+            zip(done[:, :num_return_sequences], scores[:, :num_return_sequences], strict=True)
+        )
     ]
 
 
-def _beam(tokens, score, end) -> Beam:
+def _beam(i: int, tokens, score, end, stopped) -> Beam:
     tokens = tuple(tokens[tokens >= 0].tolist())
-    return Beam(tokens, float(score), "stop" if tokens[-1] in end else "length")
+    stop = tokens[-1] in end or stopped is not None and stopped(i, tokens)
+    return Beam(tokens, float(score), "stop" if stop else "length")
 
 
-@partial(jax.jit, static_argnames=("model", "num_beams", "end"))
-def _search(
-    model, params, logits, cache, num_beams: int, end: tuple[int, ...], room, longest, length_penalty, at_once,
-    process: Any,
-):  # fmt: skip
-    """-> (finished tokens [B,W,N], their scores [B,W]), as in State. longest [B]: the length, at least, by which a live
-    beam's sum is divided before it is compared with finished ones; at_once: whether W finished ones are enough."""
-    (B, V), W, N = logits.shape, num_beams, cache.document.shape[1]
-    # Of a live beam's candidates at most len(end) end, so that W others are among so many.
-    keep = min((1 + len(end)) * W, W * V)
+def _asked(stopped: Callable, open, found: Candidates) -> np.ndarray:
+    """-> [B,K] bool: which candidates `stopped` ends."""
+    open, sums, grown = jax.device_get((open, found.sums, found.grown))
+    ends = np.zeros(sums.shape, bool)
+    for i, k in np.argwhere(open[:, None] & (sums > -np.inf)):
+        ends[i, k] = stopped(i, tuple(grown[i, k][grown[i, k] >= 0].tolist()))
+    return ends
 
-    def one(s: State) -> State:
-        log_p = jax.nn.log_softmax(s.logits.astype(jnp.float32), axis=-1)
-        if process is not None:
-            log_p = process(s.live.reshape(B * W, N), log_p)
-        sums, at = jax.lax.top_k((s.sums[:, :, None] + log_p.reshape(B, W, V)).reshape(B, W * V), keep)
-        parent, token, n = at // V, at % V, s.n + 1
-        grown = _take(s.live, parent).at[:, :, s.n].set(token)
-        ended = jnp.isin(token, jnp.array(end, jnp.int32)) | (n >= room)[:, None]
 
-        finished = ended & (jnp.arange(keep) < W) & s.open[:, None]
-        new = jnp.where(finished, sums / n.astype(jnp.float32) ** length_penalty, -jnp.inf)
-        scores, best = jax.lax.top_k(jnp.concatenate([s.scores, new], axis=1), W)
-        done = _take(jnp.concatenate([s.done, grown], axis=1), best)
+@partial(jax.jit, static_argnames=("model", "num_beams"))
+def _search(model, params, logits, cache, num_beams: int, how: How) -> State:
+    """-> the last State, of a search without `stopped`."""
+    return jax.lax.while_loop(
+        lambda s: s.open.any(), lambda s: _advance(model, params, s, _candidates(s, how), False, how),
+        _start(logits, cache, num_beams),
+    )  # fmt: skip
 
-        sums, best = jax.lax.top_k(jnp.where(ended, -jnp.inf, sums), W)
-        worst = scores[:, -1]  # -inf until W have finished: any live beam is better
-        hope = sums[:, 0] / jnp.maximum(n, longest).astype(jnp.float32) ** length_penalty
-        go_on = s.open & (hope > worst) & ~(at_once & (worst > -jnp.inf))
 
-        cache = _reorder(s.cache, _take(parent, best))
-        logits, cache = decode.step(model, params, _take(token, best).reshape(B * W), cache)
-        return State(n, logits, cache, _take(grown, best), sums, done, scores, go_on)
-
-    # All beams of a prompt are the same at first: only one of them counts.
+@partial(jax.jit, static_argnames="num_beams")
+def _start(logits, cache, num_beams: int) -> State:
+    """All beams of a prompt are the same at first: only one of them counts."""
+    B, W, N = len(logits), num_beams, cache.document.shape[1]
     none = jnp.full((B, W), -jnp.inf)
     tokens = jnp.full((B, W, N), -1, jnp.int32)
     logits, cache = jax.tree.map(lambda x: jnp.repeat(x, W, axis=0) if x.ndim else x, (logits, cache))
-    start = State(jnp.int32(0), logits, cache, tokens, none.at[:, 0].set(0.0), tokens, none, jnp.ones(B, bool))
-    last = jax.lax.while_loop(lambda s: s.open.any(), one, start)
-    return last.done, last.scores
+    return State(jnp.int32(0), logits, cache, tokens, none.at[:, 0].set(0.0), tokens, none, jnp.ones(B, bool))
+
+
+@jax.jit
+def _candidates(s: State, how: How) -> Candidates:
+    (B, W, N), V = s.live.shape, s.logits.shape[1]
+    log_p = jax.nn.log_softmax(s.logits.astype(jnp.float32), axis=-1)
+    if how.process is not None:
+        log_p = how.process(s.live.reshape(B * W, N), log_p)
+    sums = (s.sums[:, :, None] + log_p.reshape(B, W, V)).reshape(B, W * V)
+    order = sums
+    if how.keys is not None:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(how.keys, s.n)
+        order += jax.vmap(lambda key: jax.random.gumbel(key, (W * V,)))(keys)
+    at = jax.lax.top_k(order, min(_spare(W, how.end) * W, W * V))[1]
+    parent, token = at // V, at % V
+    return Candidates(_take(sums, at), parent, token, _take(s.live, parent).at[:, :, s.n].set(token))
+
+
+@partial(jax.jit, static_argnames="model")
+def _advance(model, params, s: State, found: Candidates, stopped, how: How) -> State:
+    """stopped [B,K] bool, or False: the candidates that end by their text."""
+    (B, W, _), n = s.live.shape, s.n + 1
+    sums, parent, token, grown = found
+    ended = stopped | jnp.isin(token, jnp.array(how.end, jnp.int32)) | (n >= how.room)[:, None]
+
+    finished = ended & (jnp.arange(sums.shape[1]) < W) & s.open[:, None]
+    new = jnp.where(finished, sums / n.astype(jnp.float32) ** how.length_penalty, -jnp.inf)
+    scores, best = jax.lax.top_k(jnp.concatenate([s.scores, new], axis=1), W)
+    done = _take(jnp.concatenate([s.done, grown], axis=1), best)
+
+    sums, best = jax.lax.top_k(jnp.where(ended, -jnp.inf, sums), W)
+    worst = scores[:, -1]  # -inf until W have finished: any live beam is better
+    hope = sums[:, 0] / jnp.maximum(n, how.longest).astype(jnp.float32) ** how.length_penalty
+    go_on = s.open & (hope > worst) & ~(how.at_once & (worst > -jnp.inf))
+
+    cache = _reorder(s.cache, _take(parent, best))
+    logits, cache = decode.step(model, params, _take(token, best).reshape(B * W), cache)
+    return State(n, logits, cache, _take(grown, best), sums, done, scores, go_on)
 
 
 def _take(x, at_BK):

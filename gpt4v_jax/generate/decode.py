@@ -92,8 +92,7 @@ def generate(
     if num_return_sequences > 1 and not sampling.temperature:
         raise config.InputError(f"num_return_sequences={num_return_sequences}: greedy answers are one and the same, "
                                 "set a temperature")  # fmt: skip
-    if any(not text for text in stop):
-        raise config.InputError("a stop string is empty: leave it out")
+    check_stop(stop)
     asks, second = ([p for p in given for _ in range(num_return_sequences)] for given in (prompts, negative))
     room = rooms(trained, asks, max_new_tokens, max_length)
     if second:  # it must not leave the context, either
@@ -144,6 +143,12 @@ def keys_of(seeds: Sequence[int], prompts: int, sequences: int = 1):
         raise config.InputError(f"{len(seeds)} seeds for {prompts} prompts: give one a prompt")
     seeds = [(seed + i) % 2**32 for seed in seeds for i in range(sequences)]
     return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises InputError for a stop string that every text has."""
+    if not all(stop):
+        raise config.InputError("a stop string is empty: leave it out")
 
 
 def rounded(n: int, multiple: int) -> int:

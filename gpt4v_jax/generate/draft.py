@@ -24,35 +24,45 @@ class Lookup:
                 raise config.InputError(f"{name}={value} must be 1 or more")
 
 
-DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "do_sample")
-
-
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """Logits [...,V] -> probabilities [...,V] that are drawn from; greedy: all on the argmax. The draft has the same
-    law, else less is accepted. Raises InputError for laws that depend on what was said: a pass over several tokens does
-    not know it."""
+    """Logits [N,V] and the rows' History -> probabilities [N,V] that are drawn from; greedy: all on the argmax; 0 of
+    all tokens where none is allowed. The draft has the same law, else less is accepted. Raises InputError for guidance,
+    which has a second prompt."""
 
     sampling: sample.Sampling = sample.Sampling()  # noqa: RUF009, frozen
+    end: tuple[int, ...] = ()  # tokens that end an answer
 
     def __post_init__(self):
-        for name, off in sample.OFF.items():
-            if name not in DRAWN and getattr(self.sampling, name) != off:
-                raise config.InputError(f"{name}={getattr(self.sampling, name)} does not go with speculative decoding: "
-                                        f"only {', '.join(DRAWN)} do")
+        if self.sampling.guidance_scale != 1:
+            raise config.InputError(f"guidance_scale={self.sampling.guidance_scale} does not go with speculative "
+                                    "decoding: leave it at 1")  # fmt: skip
 
-    def __call__(self, logits):
-        if not self.sampling.temperature:
-            return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
-        flat = logits.reshape(-1, logits.shape[-1])
-        rules = sample.rules([self.sampling] * len(flat), flat.shape[1])
-        return jax.nn.softmax(sample.restrict(flat, rules), axis=-1).reshape(logits.shape)
+    def __call__(self, logits, past: sample.History):
+        rules = sample.rules([self.sampling], logits.shape[1])
+        rules = {name: jnp.broadcast_to(x, (len(logits), *x.shape[1:])) for name, x in rules.items()}
+        x = sample.processed(logits, past, rules, self.end)
+        if self.sampling.temperature:
+            p = jax.nn.softmax(sample.restrict(x, rules), axis=-1)
+        else:
+            p = jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[1])
+        return jnp.where((x > -jnp.inf).any(axis=-1, keepdims=True), p, 0.0)
+
+    def along(self, logits_BTV, past: sample.History, tokens_BK):
+        """-> [B,T,V], T = K + 1: the probabilities before each of the tokens and behind the last, each with a history
+        that has the tokens before it. past has room for K tokens more."""
+        B, T, V = logits_BTV.shape
+        tokens = attention.entered(past.tokens, tokens_BK, past.length)
+        each = jax.tree.map(lambda x: jnp.repeat(x, T, axis=0), past.replace(tokens=tokens))
+        each = each.replace(length=each.length + jnp.tile(jnp.arange(T), B))  # what lies behind is not read
+        return self(logits_BTV.reshape(B * T, V), each).reshape(B, T, V)
 
     def draw(self, keys_B, p_BV):
-        """-> [B] int32. p need not sum to 1."""
-        if not self.sampling.temperature:
-            return jnp.argmax(p_BV, axis=-1).astype(jnp.int32)
-        return jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV)).astype(jnp.int32)
+        """-> [B] int32; -1 where all p are 0. p need not sum to 1."""
+        token = jnp.argmax(p_BV, axis=-1)
+        if self.sampling.temperature:
+            token = jax.vmap(jax.random.categorical)(keys_B, jnp.log(p_BV))
+        return jnp.where(p_BV.any(axis=-1), token, -1).astype(jnp.int32)
 
 
 def look_up(text_BL, length_B, k: int, size: int):
@@ -70,19 +80,19 @@ def look_up(text_BL, length_B, k: int, size: int):
     return jnp.take_along_axis(text_BL, where, axis=1), count
 
 
-def propose(draft: GPT4V, params, last_B, cache: attention.Cache, keys, k: int, law: Law):
+def propose(draft: GPT4V, params, past: sample.History, cache: attention.Cache, keys, k: int, law: Law):
     """-> (the next tokens [B,k] int32, the probabilities that they were drawn from [B,k,V], the cache with all of
-    them and `last` [B], the text's last tokens, which it does not have before)."""
+    them and the text's last token, which it does not have before). past has room for k + 1 tokens more."""
 
     def one(carry, j):
-        token, cache = carry
-        logits, cache = decode.extend(draft, params, token[:, None], cache)
-        q = law(logits[:, 0])
-        token = law.draw(fold(keys, j), q)
-        return (token, cache), (token, q)
+        past, cache = carry
+        logits, cache = decode.extend(draft, params, past.back(1)[:, None], cache)
+        q = law(logits[:, 0], past)
+        token = jnp.maximum(law.draw(fold(keys, j), q), 0)  # where none is allowed the target's law says so, too
+        return (past.append(token), cache), (token, q)
 
     # One step more than tokens: the last one, too, is entered, so that the cache is as the target model's.
-    (_, cache), (tokens, q) = jax.lax.scan(one, (last_B, cache), jnp.arange(k + 1))
+    (_, cache), (tokens, q) = jax.lax.scan(one, (past, cache), jnp.arange(k + 1))
     return tokens[:k].T, q[:k].swapaxes(0, 1), cache
 
 

@@ -75,6 +75,7 @@ BOUNDS = (
 )  # fmt: skip
 MEANING = {"temperature": "; 0 is greedy", "top_k": "; 0 is all tokens", "no_repeat_ngram_size": "; 0 is no such law"}
 NUMBERS = tuple(name for name, *_ in BOUNDS)
+CUTS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 WHOLE = ("top_k", "no_repeat_ngram_size", "min_new_tokens")
 OFF = {field.name: field.default for field in dataclasses.fields(Sampling)} | {"temperature": 0.0}
 
@@ -187,12 +188,17 @@ def processed(logits_BV, past: History, rules: Rules, end: tuple[int, ...] = ())
 
 
 def restrict(logits_BV, rules: Rules):
-    """-> the logits that are drawn from: divided by the temperature, -inf where a token may not be drawn."""
+    """-> the logits that are drawn from: divided by the temperature, -inf where a token may not be drawn.
+
+    Among the rules may be min_tokens_to_keep [B]: so many tokens no cut takes, as Hugging Face's beams have it."""
 
     def of(name):
         return rules[name][:, None]
 
-    def cut(x, kept):
+    def cut(x, kept, key=None):
+        """key [B,V]: highest for what is cut last; x where there is none."""
+        if "min_tokens_to_keep" in rules:
+            kept |= _highest(x if key is None else key, jnp.ones_like(x), of("min_tokens_to_keep"))
         return jnp.where(kept, x, -jnp.inf)
 
     def surprise(x):
@@ -214,7 +220,8 @@ def restrict(logits_BV, rules: Rules):
         x = cut(x, x >= x.max(axis=-1, keepdims=True) + jnp.log(of("min_p")))
     if "typical_p" in rules:
         p, nats, entropy = surprise(x)
-        x = cut(x, _highest(-jnp.abs(nats - entropy), p, of("typical_p")) | (of("typical_p") == 1))
+        typical = -jnp.abs(nats - entropy)
+        x = cut(x, _highest(typical, p, of("typical_p")) | (of("typical_p") == 1), typical)
     if "epsilon_cutoff" in rules:
         x = cut(x, (jax.nn.softmax(x, axis=-1) >= of("epsilon_cutoff")) | best(x))
     if "eta_cutoff" in rules:

@@ -37,8 +37,7 @@ class Counts(NamedTuple):
 class State:
     """What lies between two rounds. The caches hold all of a row's text but its last token."""
 
-    text: jax.Array  # [B,L] int32: the prompt and the answer; anything behind `length`
-    length: jax.Array  # [B] int32
+    past: sample.History  # an answer that no token may follow has -1 behind it
     done: jax.Array  # [B] bool
     cache: attention.Cache
     draft_cache: attention.Cache | None  # None: prompt lookup
@@ -63,25 +62,27 @@ def generate(
     num_assistant_tokens: int = 5,
     sampling: sample.Sampling = plain.GREEDY,
     seeds: Sequence[int] = (),
+    stop: Sequence[str] = (),
     draft_prompts: Sequence[chat.Document] = (),
     draft_read: prompts_lib.Read | None = None,
-) -> tuple[list[list[int]], Counts]:
-    """-> (the tokens of each answer without the one that ends it, counts of each row).
+) -> tuple[list[plain.Answer], Counts]:
+    """-> (an Answer of each prompt, counts of each row).
 
     draft: another model of the same vocabulary, or prompt lookup; num_assistant_tokens: what a model proposes in a
-    round. sampling: `Law`'s; seeds: one a prompt. draft_prompts, draft_read: the prompts as the draft
-    model's layout lays them, where it lays media otherwise. Raises InputError.
+    round. sampling: all but guidance; seeds: one a prompt; stop: decode.generate's. draft_prompts, draft_read: the
+    prompts as the draft model's layout lays them, where it lays media otherwise. Raises InputError.
 
-    Greedy gives decode.generate's tokens, but where two logits tie within the rounding of a pass over T = k + 1
+    Greedy gives decode.generate's answers, but where two logits tie within the rounding of a pass over T = k + 1
     positions in place of 1.
     """
     config.at_least(1, max_new_tokens=max_new_tokens, num_assistant_tokens=num_assistant_tokens)
-    law = Law(sampling)
+    plain.check_stop(stop)
+    law = Law(sampling, trained.tokenizer.ends)
     keys = plain.keys_of(seeds, len(prompts))
-    room = np.array(plain.rooms(trained, prompts, max_new_tokens))
+    room = plain.rooms(trained, prompts, max_new_tokens)
     looks = isinstance(draft, Lookup)
     k = draft.prompt_lookup_num_tokens if looks else num_assistant_tokens
-    new = plain.rounded(int(max(room)), plain.BLOCK)
+    new = plain.rounded(max(room), plain.BLOCK)
     logits, cache, there = plain.begin(trained, prompts, read, slots(0, new, k))
     draft_cache = None
     if not looks:
@@ -89,17 +90,26 @@ def generate(
         # Its own prompt's cache; the logits are not needed: the target model draws the first token.
         _, draft_cache, _ = plain.begin(draft, draft_prompts or prompts, draft_read or read, slots(0, new, k))
 
-    texts = [[*p.source, *p.tokens.tolist()] for p in prompts]  # a source may be copied from, too
-    length = np.array([len(text) for text in texts], np.int32)
-    text = np.zeros((len(prompts), plain.rounded(max(length), plain.BUCKET) + new + k + 1), np.int32)
-    for row, ids in zip(text, texts, strict=True):
-        row[: len(ids)] = ids
-    end, limit = trained.tokenizer.ends, length + room
-    state = begin(logits, cache, draft_cache, text, length, limit, ~there, keys, law, end)
+    longest, width = (max(map(len, x)) for x in (prompts, [p.source for p in prompts]))
+    past = sample.history([p.tokens for p in prompts], plain.rounded(longest, plain.BUCKET) - longest + new + k + 1)
+    source = np.full((len(prompts), plain.rounded(width, plain.BUCKET)), -1, np.int32)
+    for row, p in zip(source, prompts, strict=True):
+        row[len(row) - len(p.source) :] = p.source
+    limit = past.prompt + np.array(room)
+    answers = [None if here else plain.Answer("", (), "unreadable") for here in there]
+    state = begin(logits, cache, draft_cache, past, limit, ~there, keys, law)
     proposer = (draft, None) if looks else (draft.model, draft.params)
-    state = decode(trained.model, trained.params, *proposer, state, limit, keys, new, k, law, end)
-    found = [row[a:b].tolist() for row, a, b in zip(*map(np.asarray, (state.text, length, state.length)), strict=True)]
-    return [ids[:-1] if ids and ids[-1] in end else ids for ids in found], state.counts
+    rounds = -(-plain.BLOCK // (k + 1)) if stop else new  # between two looks at the text
+    while not all(answers):
+        state = decode(trained.model, trained.params, *proposer, state, source, limit, keys, rounds, k, law)
+        rows = zip(*map(np.asarray, (state.past.tokens, past.prompt, state.past.length)), strict=True)
+        for i, (row, a, b) in enumerate(rows):
+            tokens = row[a:b].tolist()
+            text, n, finish = plain.ended(trained, prompts[i], tokens, room[i], stop)
+            if finish and answers[i] is None:
+                answers[i] = plain.Answer(text, tuple(tokens[:n]), finish)
+        state = state.replace(done=jnp.array([answer is not None for answer in answers]))
+    return answers, state.counts
 
 
 def check(trained: Trained, draft: Trained, prompts: Sequence[chat.Document] = ()) -> None:
@@ -119,39 +129,43 @@ def _words(tokenizer) -> list:
     return [tokenizer.token(id) for id in range(tokenizer.vocab)]
 
 
-@functools.partial(jax.jit, static_argnames=("law", "end"), donate_argnames=("cache", "draft_cache"))
-def begin(logits, cache, draft_cache, text, length, limit, done, keys, law: Law, end: tuple[int, ...]) -> State:
-    """-> the State with the first token drawn. logits [B,V]: behind the prompts, which both caches hold; text [B,L]:
-    the prompts, with room for k + 1 tokens behind `limit` [B], the longest that a row may become; keys [B]."""
-    token = law.draw(fold(keys, length), law(logits))
-    state = State(text, length, done, cache, draft_cache, Counts(*[jnp.zeros_like(length)] * 3))
-    return _append(state, token[:, None], jnp.ones_like(length), limit, end)[0]
+@functools.partial(jax.jit, static_argnames="law", donate_argnames=("cache", "draft_cache"))
+def begin(logits, cache, draft_cache, past: sample.History, limit, done, keys, law: Law) -> State:
+    """-> the State with the first token drawn. logits [B,V]: behind the prompts, which past and both caches hold; past
+    has room for k + 1 tokens behind `limit` [B], the longest that a row may become; keys [B]."""
+    token = law.draw(fold(keys, past.length), law(logits, past))
+    state = State(past, done, cache, draft_cache, Counts(*[jnp.zeros_like(past.length)] * 3))
+    return _append(state, token[:, None], jnp.ones_like(past.length), limit, law.end)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "draft", "k", "law", "end"), donate_argnames="state")
-def decode(model: GPT4V, params, draft: GPT4V | Lookup, draft_params, state: State, limit, keys, rounds, k: int,
-           law: Law, end: tuple[int, ...]) -> State:  # fmt: skip
+@functools.partial(jax.jit, static_argnames=("model", "draft", "k", "law"), donate_argnames="state")
+def decode(model: GPT4V, params, draft: GPT4V | Lookup, draft_params, state: State, source, limit, keys, rounds, k: int,
+           law: Law) -> State:  # fmt: skip
     """At most `rounds` rounds more; fewer when all rows are done. The caches must have `slots`: jit cannot check.
 
-    What is random in a round is drawn by fold_in(key, the row's length), so that it depends on the row alone.
+    source [B,S] int32, right-aligned after -1: what an encoder reads is no history, but may be copied from. What is
+    random in a round is drawn by fold_in(key, the row's length), so that it depends on the row alone.
     """
 
     def one(carry):
         n, state = carry
-        round_keys = fold(keys, state.length)
-        last = jnp.take_along_axis(state.text, state.length[:, None] - 1, axis=1)
+        # A row that no token may follow is done, and its -1 is no token.
+        past = state.past.replace(tokens=jnp.maximum(state.past.tokens, 0))
+        round_keys = fold(keys, past.length)
         if isinstance(draft, Lookup):
-            tokens, count = look_up(state.text, state.length, k, draft.max_matching_ngram_size)
+            text = jnp.concatenate([source, past.tokens], axis=1)
+            tokens, count = look_up(text, source.shape[1] + past.length, k, draft.max_matching_ngram_size)
             q = jax.nn.one_hot(tokens, model.config.vocab)
             draft_cache = None
         else:
-            tokens, q, draft_cache = propose(draft, draft_params, last[:, 0], state.draft_cache, round_keys, k, law)
-            count = jnp.full_like(state.length, k)
-        logits, cache = plain.extend(model, params, jnp.concatenate([last, tokens], axis=1), state.cache)
-        accepted, token = verify(law(logits), q, tokens, count, fold(round_keys, k), law)
+            tokens, q, draft_cache = propose(draft, draft_params, past, state.draft_cache, round_keys, k, law)
+            count = jnp.full_like(past.length, k)
+        said = jnp.concatenate([past.back(1)[:, None], tokens], axis=1)
+        logits, cache = plain.extend(model, params, said, state.cache)
+        accepted, token = verify(law.along(logits, past, tokens), q, tokens, count, fold(round_keys, k), law)
         at = jnp.arange(k + 1)
         found = jnp.where(at < accepted[:, None], jnp.pad(tokens, ((0, 0), (0, 1))), token[:, None])
-        after, taken = _append(state, found, accepted + 1, limit, end)
+        after, taken = _append(state, found, accepted + 1, limit, law.end)
         live = ~state.done
         added = Counts(live * count, jnp.minimum(accepted, taken), live)
         return n + 1, after.replace(
@@ -164,7 +178,8 @@ def decode(model: GPT4V, params, draft: GPT4V | Lookup, draft_params, state: Sta
 
 
 def verify(p, q, tokens, count, keys, law: Law):
-    """Rejection sampling (Leviathan et al. 2023, algorithm 1) -> (accepted proposals [B] int32, the next token [B]).
+    """Rejection sampling (Leviathan et al. 2023, algorithm 1) -> (accepted proposals [B] int32, the next token [B],
+    -1 where none is allowed).
 
     p [B,k+1,V], q [B,k,V]: the law of the target model before each of the tokens [B,k] and behind the last, and of who
     proposed them; only `count` [B] of them are proposals. A token is accepted with probability min(1, p / q); after the
@@ -184,11 +199,11 @@ def verify(p, q, tokens, count, keys, law: Law):
 
 def _append(state: State, tokens_Bn, count, limit, end):
     """-> (state with the first `count` [B] tokens, up to one that ends the answer and up to `limit`; how many [B])."""
-    n = jnp.arange(tokens_Bn.shape[1])
-    count = jnp.where(state.done, 0, jnp.minimum(count, limit - state.length))
-    ends = jnp.isin(tokens_Bn, jnp.array(end, jnp.int32)) & (n < count[:, None])
+    n, past = jnp.arange(tokens_Bn.shape[1]), state.past
+    count = jnp.where(state.done, 0, jnp.minimum(count, limit - past.length))
+    ends = (jnp.isin(tokens_Bn, jnp.array(end, jnp.int32)) | (tokens_Bn < 0)) & (n < count[:, None])
     over = ends.any(axis=1)
     count = jnp.where(over, jnp.argmax(ends, axis=1) + 1, count)
-    length = state.length + count
-    text = attention.entered(state.text, tokens_Bn, state.length)
-    return state.replace(text=text, length=length, done=state.done | over | (length >= limit)), count
+    length = past.length + count
+    past = past.replace(tokens=attention.entered(past.tokens, tokens_Bn, past.length), length=length)
+    return state.replace(past=past, done=state.done | over | (length >= limit)), count

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from benchmarks import references
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, packing
-from gpt4v_jax.generate import beam, decode
+from gpt4v_jax.generate import beam, decode, sample
 from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model import attention
 from gpt4v_jax.training import step as step_lib
 from tests import tiny
+from tests.generate.test_decode import both, make  # noqa: F401
 
 forward = jax.jit(step_lib.forward, static_argnums=0)
 NEW = 10  # tokens of the longest answer
@@ -243,6 +245,140 @@ def test_scores_are_those_of_the_full_forward(name):
         assert [b.tokens for b in alone] == tokens
         np.testing.assert_allclose([b.score for b in alone], scores, atol=1e-4)
     assert len({len(b.tokens) for row in together for b in row}) > 2
+
+
+# ---- stop strings
+
+WORDS = ["a", "b", "c", "ab", "ba", "ca", "bc", "cab", "abc", "bb", "cc", "x", "abcdef", *"defghijklmnopqr"]
+SPELT = ["<0>", "<1>", "<2>", "<3>", *WORDS]  # of the 32 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelt:
+    """Tokens of several letters, so that a stop string begins within one and ends within another."""
+
+    ends: tuple = (5,)
+    special = {}
+
+    def decode(self, ids):
+        return "".join(SPELT[i] for i in ids)
+
+
+@pytest.mark.parametrize("stop, num_beams, settings", [
+    (["bbe", "oog", ">ab"], 3, [(1.0, False), (0.5, True)]), (["a"], 2, [(-0.5, "never"), (2.0, "never")]),
+    *(pytest.param(stop, n, EVERY, marks=pytest.mark.soak) for stop in (["o"], ["ke", "oo"]) for n in (2, 4)),
+])  # fmt: skip
+@pytest.mark.parametrize("ends", [(5,), ()])
+def test_stop_strings_end_beams_as_the_reference_s(stop, num_beams, settings, ends, both):  # noqa: F811
+    import tokenizers
+    import torch
+    import transformers
+
+    theirs = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(SPELT)}, "<0>"))
+    theirs.decoder = tokenizers.decoders.Fuse()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs)
+    trained = dataclasses.replace(both[0], tokenizer=Spelt(ends))
+    # The last token of a prompt begins no stop string: Hugging Face's may begin there.
+    prompts = [[*np.random.default_rng(seed).integers(6, 32, size=5), SPELT.index("x")] for seed in range(6)]
+    seen = []
+    for length_penalty, early in settings:
+        how = {"length_penalty": length_penalty, "early_stopping": early, "num_return_sequences": 2}
+        there = both[1].generate(
+            torch.tensor(np.array(prompts)), max_new_tokens=12, do_sample=False, pad_token_id=0, num_beams=num_beams,
+            eos_token_id=list(ends) or None, stop_strings=stop, tokenizer=theirs, return_dict_in_generate=True,
+            output_scores=True, **how,
+        )  # fmt: skip
+        ours = beam.generate(trained, [prompts_lib.plain(p) for p in prompts], None, 12, num_beams, stop=stop, **how)
+        assert len(ours) == len(there.sequences) == 12
+        for answer, row in zip(ours, there.sequences[:, 6:].tolist(), strict=True):
+            assert list(answer.tokens) == row[: len(answer.tokens)]
+            said = "".join(SPELT[t] for t in answer.tokens)
+            stopped, rest = any(s in said for s in stop), row[len(answer.tokens) :]
+            assert answer.text == said[: min([said.index(s) for s in stop if s in said], default=None)]
+            assert answer.finish == ("stop" if stopped or 5 in rest and ends else "length")
+            assert (len(answer.tokens) == 12) or stopped or rest[0] in ends
+            seen.append("text" if stopped else answer.finish)
+        np.testing.assert_allclose([a.sequences_score for a in ours], there.sequences_scores.numpy(), rtol=1e-4)
+    assert seen.count("text") > 3 and set(seen) > {"text"}, "some end by their text, and some otherwise"
+
+
+def likely(tokens, log_p):
+    return log_p.at[:, 9].add(2.5)
+
+
+def test_to_be_stopped_is_to_end():
+    """Also a candidate behind the first ones, which does not finish, must not live on."""
+    model, params = tiny.make_model(tiny.make_config(tied=False))
+    asked = [tiny.document(text, model.layout, seed) for seed, text in enumerate(("I U3", "U2", "I U1 I U2", "I U6"))]
+    how = {"process": likely, "num_return_sequences": 4}
+    ended = search(model, params, asked, 4, 8, (9,), **how)
+    assert search(model, params, asked, 4, 8, (), stopped=lambda i, tokens: tokens[-1] == 9, **how) == ended
+    assert len({len(b.tokens) for row in ended for b in row if b.finish == "stop"}) > 5
+
+
+def test_what_stops_nothing_changes_nothing():
+    trained = make(context=64, tied=False)
+    prompts = [prompts_lib.plain([8, 9, 29]), prompts_lib.plain([12])]
+    free = beam.generate(trained, prompts, None, 9, 3, num_return_sequences=3)
+    assert beam.generate(trained, prompts, None, 9, 3, stop=["zzz"], num_return_sequences=3) == free
+    with pytest.raises(config.InputError, match="a stop string is empty"):
+        beam.generate(trained, prompts, None, 9, 3, stop=["a", ""])
+
+
+# ---- beams that are drawn
+
+
+def test_one_beam_is_drawn_as_decode_draws():
+    trained, prompts = make(context=64, tied=False), [prompts_lib.plain(p) for p in ([8, 9, 29], [12], [12])]
+    for law in (sample.Sampling(1.0), sample.Sampling(1.4, top_k=3, no_repeat_ngram_size=1)):
+        expected = decode.generate(trained, prompts, None, 12, law, [1, 2, 3])
+        found = beam.generate(trained, prompts, None, 12, 1, law, [1, 2, 3])
+        assert [a.tokens for a in found] == [a.tokens for a in expected] and found[1].tokens != found[2].tokens
+
+
+def test_drawn_beams_depend_on_their_seed_alone():
+    trained, law = make(context=64, tied=False), sample.Sampling(1.0, top_p=0.9)
+    prompt, other = prompts_lib.plain([8, 9, 29]), prompts_lib.plain([12])
+
+    def drawn(prompts, seeds, **more):
+        found = beam.generate(trained, prompts, None, 8, 3, law, seeds, num_return_sequences=3, **more)
+        return [tuple(a.tokens for a in found[i : i + 3]) for i in range(0, len(found), 3)]
+
+    a, _, b, c = drawn([prompt, other, prompt, prompt], [4, 4, 4, 5])
+    assert a == b != c and drawn([prompt], [4]) == [a] and drawn([other, prompt], [9, 5])[1] == c
+    assert drawn([prompt], [4], stop=["zzz"]) == [a]
+
+
+# By top_k=1 as many tokens stay as there are ends and one more; where none ends, two candidates are drawn a beam.
+@pytest.mark.parametrize("num_beams, options, ends, length_penalty", [
+    (2, {"temperature": 1.6, "top_k": 4, "logit_bias": ((5, 2.0), (9, 1.0))}, (5,), 1.0),
+    (3, {"temperature": 4.0, "top_k": 1, "logit_bias": ((5, 1.0),)}, (5, 9), 2.0),
+    (2, {"temperature": 0.7, "top_k": 3, "logit_bias": ((5, 2.0),)}, (), 1.0),
+])  # fmt: skip
+def test_drawn_beams_follow_the_law_of_the_reference_s(num_beams, options, ends, length_penalty, both):  # noqa: F811
+    """4,000 draws each of up to three tokens, of the best beam and of the second: chi-square of two samples."""
+    import torch
+
+    trained, rows = dataclasses.replace(both[0], tokenizer=Spelt(ends)), 4000
+    prompt = np.random.default_rng(3).integers(6, 32, size=6)
+    law, how = sample.Sampling(**options), {"length_penalty": length_penalty, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    there = both[1].generate(
+        torch.tensor(prompt)[None].repeat(rows, 1), max_new_tokens=3, do_sample=True, pad_token_id=0,
+        num_beams=num_beams, eos_token_id=list(ends) or None, temperature=law.temperature, top_k=law.top_k,
+        sequence_bias={(token,): value for token, value in law.logit_bias}, **how,
+    )[:, 6:].tolist()  # fmt: skip
+    ours = beam.generate(trained, [prompts_lib.plain(prompt)] * rows, None, 3, num_beams, law, range(rows), **how)
+    there = [tuple(row[: next((i for i, t in enumerate(row) if t in ends), 3)]) for row in there]
+    for place in (0, 1):
+        found = [sorted(map(str, x)) for x in (there[place::2], [a.tokens for a in ours[place::2]])]
+        names = sorted(set(found[0]) | set(found[1]))
+        counts = np.array([[x.count(name) for name in names] for x in found])
+        often = counts.sum(axis=0) >= 20
+        counts = np.column_stack([counts[:, often], counts[:, ~often].sum(axis=1)])
+        counts = counts[:, counts.sum(axis=0) > 0]
+        assert counts.shape[1] > 5 and scipy.stats.chi2_contingency(counts).pvalue > 1e-4
+    assert not ends or min(len(a.tokens) for a in ours) < 3
 
 
 # ---- bad values

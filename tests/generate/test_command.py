@@ -140,11 +140,12 @@ def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch)
     (["--prompt=x", "--step=3"], "has no step 3"),
     (["--prompt=x", "--regex=("], "regex='(' cannot be used"),
     (["--prompt=x", "--regex=a", "--choice=b"], "do not go together"),
-    (["--prompt=x", "--num_beams=2", "--stop=x"], "--stop does not go with --num_beams"),
+    (["--prompt=x", "--num_beams=2", "--logprobs=1"], "--logprobs does not go with --num_beams"),
+    (["--prompt=x", "--num_beams=2", "--stop="], "a stop string is empty"),
+    (["--prompt=x", "--prompt_lookup_num_tokens=2", "--stop="], "a stop string is empty"),
     (["--prompt=x", "--prompt_lookup_num_tokens=2", "--choice=x"], "--choice does not go with speculative decoding"),
     (["--prompt=x", "--json_schema={dir}/none.json"], "none.json is no file with JSON"),
     (["--prompt=x", "--num_beams=0"], "num_beams=0 must be 1"),
-    (["--prompt=x", "--num_beams=2", "--temperature=1"], "num_beams=2 draws nothing"),
     (["--prompt=x", "--top_p=0.5"], "--top_p says what is drawn, and nothing is"),
     (["--prompt=x", "--regex="], "regex='' matches nothing"),
     (["--prompt=x", "--num_return_sequences=2"], "greedy answers are one and the same"),
@@ -153,7 +154,7 @@ def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch)
     (["--prompt=x", "--chat"], "--prompt does not go with --chat"),
     (["--prompt=x", "--negative_prompt=x"], "of --guidance_scale, which is not given"),
     (["--prompt=x", "--num_beams=2", "--guidance_scale=2"], "--guidance_scale does not go with --num_beams"),
-    (["--prompt=x", "--prompt_lookup_num_tokens=2", "--repetition_penalty=2"], "does not go with speculative decoding"),
+    (["--prompt=x", "--prompt_lookup_num_tokens=2", "--guidance_scale=2"], "does not go with speculative decoding"),
 ])  # fmt: skip
 def test_bad_input(args, message, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
     (tmp_path / "text.png").write_text("no picture")
@@ -175,7 +176,18 @@ def test_beams_grammars_and_speculation(folder, tmp_path, capsys, monkeypatch): 
     status, out, _ = say(capsys, monkeypatch, *asked, "--prompt_lookup_num_tokens=3")
     assert status == 0 and "passes of the model" in out and out.split("answer:")[1].strip() == greedy
     assert answers(f"--assistant_model={folder}", "--num_assistant_tokens=3") == [greedy]
-    assert len(answers("--num_beams=3", "--num_return_sequences=2", "--early_stopping=True")) == 2
+    three = ["--num_beams=3", "--num_return_sequences=2", "--early_stopping=True"]
+    best = answers(*three)
+    drawn = answers(*three, "--temperature=3", "--seed=5")
+    assert len(best) == len(drawn) == 2 and answers(*three, "--temperature=3", "--seed=5") == drawn != best
+    assert answers(*three, "--temperature=3", "--seed=6") != drawn
+    # What the penalty changes stays the same; before a stop string the answer ends.
+    law, n = ["--repetition_penalty=1.7", "--no_repeat_ngram_size=2"], len(greedy.removesuffix("[length]").strip())
+    assert answers(*law, "--prompt_lookup_num_tokens=3") == answers(*law) != [greedy]
+    stop = f"--stop={greedy[n // 2 : n]}"
+    assert answers(stop) == answers(stop, "--prompt_lookup_num_tokens=3") == [greedy[: n // 2].strip()]
+    stop = f"--stop={best[0].removesuffix('[length]').strip()[-2:]}"
+    assert answers(*three, stop) != best
     assert answers("--choice=top", "--choice=left")[0] in ("top", "left")
     assert answers("--choice=undecided", "--max_new_tokens=1")[0].endswith(" [length]")
     assert re.fullmatch("[0-9]{2}", answers("--regex=[0-9]{2}")[0])

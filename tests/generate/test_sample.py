@@ -212,6 +212,21 @@ def test_each_law_is_hugging_face_s(name):
     assert name == "min_new_tokens 6" or (ours != logits).any()
 
 
+@pytest.mark.parametrize("name, value", [
+    ("top_k", 1), ("top_p", 0.2), ("min_p", 0.7), ("typical_p", 0.1), ("epsilon_cutoff", 0.3), ("eta_cutoff", 0.5),
+])  # fmt: skip
+def test_cuts_leave_so_many_tokens_as_hugging_face_s(name, value):
+    torch = pytest.importorskip("torch")
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = (np.random.default_rng(0).normal(size=(200, 12)) * 2).astype(np.float32)
+    theirs = getattr(processors, LIKE[name][0])(value, min_tokens_to_keep=3)(None, torch.tensor(logits)).numpy()
+    few = rules(200, 12, **{"temperature": 1.0, name: value})
+    ours = np.asarray(sample.restrict(jnp.array(logits), few | {"min_tokens_to_keep": jnp.full(200, 3)}))
+    np.testing.assert_array_equal(np.isinf(ours), np.isinf(theirs))
+    kept = (sample.restrict(jnp.array(logits), few) > -np.inf).sum(axis=1)
+    assert (np.isfinite(ours).sum(axis=1) >= 3).all() and kept.min() < 3
+
+
 def test_guidance():
     """As Hugging Face's UnbatchedClassifierFreeGuidanceLogitsProcessor mixes them."""
     ours, other = np.random.default_rng(0).normal(size=(2, 3, 12))
