@@ -19,6 +19,7 @@ import numpy as np
 from gpt4v_jax import config
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.generate import constrain, decode, prompts, sample
+from gpt4v_jax.model import attention
 from gpt4v_jax.serve import prefix
 from gpt4v_jax.serve import slots as slots_lib
 from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
@@ -77,6 +78,7 @@ class Engine:
         self._lock = threading.Condition()
         self._closing: float | None = None  # when what runs is cut
         self._state, self._rules_of, self._rules = None, None, {}
+        self._old: attention.Cache | None = None  # which the last prompt was read into
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -214,7 +216,8 @@ class Engine:
         if finish:
             self._filling = None
             return self._end(ticket, finish, error)
-        self._filling = ticket, prefix.filled(self.trained, r.prompt, r.read, self.longest, self.prefixes)
+        old, self._old = self._old, None
+        self._filling = ticket, prefix.filled(self.trained, r.prompt, r.read, self.longest, self.prefixes, old)
 
     def _over_at_once(self, ticket: Ticket) -> tuple[str, str]:
         """-> (how it ends before its first token, or "", an error)."""
@@ -261,7 +264,7 @@ class Engine:
             self._pause = ticket.request.user, began + min(took / SHARE, LONGEST_PAUSE)
         if logits is not None:
             self._admit(ticket, logits, cache)
-            self._filling = None
+            self._filling, self._old = None, cache
 
     def _admit(self, ticket: Ticket, logits, cache) -> None:
         row, prompt = self._live.index(None), ticket.request.prompt

@@ -94,6 +94,18 @@ def empty(model: GPT4V, rows: int, slots: int) -> attention.Cache:
     return attention.empty_cache(model.config.decoder, rows, slots, model.config.axes)
 
 
+@functools.partial(jax.jit, static_argnames="model", donate_argnames=("k", "v"))
+def _emptied(model: GPT4V, k, v, used) -> attention.Cache:
+    """-> `empty` by writing zeros over the first `used` slots alone: to write all of them takes as long as steps do."""
+
+    def wipe(i, kv):
+        return jax.tree.map(lambda x: attention.entered(x, jnp.zeros_like(x[:, :, :CHUNK]), i * CHUNK), kv)
+
+    slots = k[0].shape[attention.slots(k[0])]
+    k, v = jax.lax.fori_loop(0, -(-used // CHUNK), wipe, (k, v))
+    return attention.empty_cache(model.config.decoder, 1, slots, model.config.axes).replace(k=k, v=v)
+
+
 def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Cache, last: bool):
     """-> (logits [1,V] behind the chunk, zeros unless it is the last one; the cache with it: its padding is written
     over by what comes next)."""
@@ -177,11 +189,15 @@ def _bytes(part: Part) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(part))
 
 
-def filled(trained: Trained, document: chat.Document, read: prompts.Read | None, slots: int,
-           prefixes: Prefixes) -> Iterator[tuple[jax.Array | None, attention.Cache, int]]:  # fmt: skip
+def filled(trained: Trained, document: chat.Document, read: prompts.Read | None, slots: int, prefixes: Prefixes,
+           old: attention.Cache | None = None) -> Iterator[tuple[jax.Array | None, attention.Cache, int]]:  # fmt: skip
     """Reads a prompt, a chunk a step -> (logits [1,V] once all is read, else None; a cache of so many slots; how many
-    positions were remembered). slots: room for the longest prompt and BUCKET more, for a chunk is padded."""
-    cache = empty(trained.model, 1, slots)
+    positions were remembered). slots: room for the longest prompt and BUCKET more, for a chunk is padded. old: a cache
+    that this has given before and that nobody needs any more."""
+    if old is None:
+        cache = empty(trained.model, 1, slots)
+    else:
+        cache = _emptied(trained.model, old.k, old.v, old.cursor + decode.BUCKET)
     remembered = 0
     for chunk in chunks(document, read, trained.layout):
         last = chunk.stop == len(document)

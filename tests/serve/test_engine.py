@@ -168,6 +168,16 @@ def test_the_least_recently_used_is_forgotten(trained):
     assert cached[2] and cached[4] and not any(cached[i] for i in (0, 1, 3, 5))
 
 
+@pytest.mark.parametrize("length", (1, 7, 20))
+def test_a_cache_that_was_used_is_as_new(trained, length):
+    """Also what padding wrote behind the prompt; slots that do not divide into chunks."""
+    document, longest = prompts.plain(list(range(3, 3 + length))), trained.layout.context + decode.BUCKET
+    *_, (_, cache, _) = prefix.filled(trained, document, None, longest, prefix.Prefixes(0))
+    assert longest % prefix.CHUNK and any(x.any() for x in cache.k)
+    again = prefix._emptied(trained.model, cache.k, cache.v, cache.cursor + decode.BUCKET)
+    jax.tree.map(np.testing.assert_array_equal, again, prefix.empty(trained.model, 1, longest))
+
+
 def test_chunks_end_where_blocks_end():
     trained = make()
     document = tiny.document("U7 I U2 A3 I U1", trained.layout)
