@@ -288,10 +288,14 @@ def _attend_alone(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
     if T == 1 and B * K * G * 2 * BLOCK >= LARGE:
         return _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS)
 
+    # A block at a time out of the arrays as the cache has them: else all of them would be turned before the loop.
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+
     def one(i, carry):
         largest_BKGT, total_BKGT, out_BTKGH = carry
         k, v, mask, bias = (x if x is None else jax.lax.dynamic_slice_in_dim(x, i * BLOCK, BLOCK, axis)
-                            for x, axis in ((k_BSKH, 1), (v_BSKH, 1), (mask_BTS, 2), (bias_BNTS, 3)))  # fmt: skip
+                            for x, axis in ((k_BKSH, 2), (v_BKSH, 2), (mask_BTS, 2), (bias_BNTS, 3)))  # fmt: skip
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         x = scores(q_BTKGH, k, mask, scale, cap, bias)
         largest = jnp.maximum(largest_BKGT, x.max(-1))
         kept, powers = jnp.exp(largest_BKGT - largest), jnp.exp(x - largest[..., None])

@@ -67,8 +67,8 @@ class Engine:
         if not trained.run.model.causal:
             raise config.InputError("this model's stream is bidirectional: it fills in masked tokens, nothing more")
         self.trained, self.rows, self.queued = trained, slots, queued
-        # A chunk is padded by less than BUCKET; whole buckets, so that few sizes come about.
-        self.longest = decode.rounded(trained.layout.context, decode.BUCKET) + decode.BUCKET
+        # A chunk is padded by less than BUCKET. Whole blocks: attention would else copy all of a cache to make it so.
+        self.longest = decode.rounded(trained.layout.context + decode.BUCKET, attention.BLOCK)
         self.prefixes = prefix.Prefixes(prefix_bytes)
         self.counts = collections.Counter()  # of what has ended, by finish; tokens; prompt_tokens; steps; chunks
         self._waiting: dict[str, collections.deque[Ticket]] = {}  # by user, whose turn it is first
@@ -137,7 +137,9 @@ class Engine:
 
     def warm(self) -> Iterator[str]:
         """Compiles what texts will need, before there are any: yields what it compiles."""
-        for name, length in [("short prompts", 1), *((f"{size} slots", size - 1) for size in self._sizes())]:
+        context = self.trained.layout.context
+        longest = [(f"{size} slots", min(size, context) - 1) for size in self._sizes()]
+        for name, length in [("short prompts", 1), *longest]:
             yield f"decoding with {name}"
             for sampling in (decode.GREEDY, DRAWN):  # the second time the prompt is remembered
                 over = threading.Event()
@@ -281,7 +283,7 @@ class Engine:
 
     def _sizes(self) -> Iterator[int]:
         """-> how many slots rows may have. Attention takes time by this number, so it follows the longest row."""
-        most = self.trained.layout.context
+        most = decode.rounded(self.trained.layout.context, attention.BLOCK)
         sizes = (n for k in itertools.count() for n in (LEAST * 2**k, LEAST * 2**k * 3 // 2))
         return itertools.chain(itertools.takewhile(lambda n: n < most, sizes), [most])
 
