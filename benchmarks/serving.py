@@ -1,7 +1,7 @@
 """Continuous batching beside batches, in one run: python -m benchmarks.serving [--quick] [--out docs/results]
 
-GPT-2's shape (124 M), random weights, float32; prompts of 32 tokens, answers as long as an exponential law says. Who is
-compared:
+GPT-2's shape (124 M), random weights, float32; answers as long as an exponential law says, and prompts of 32 tokens or,
+in a queue twice as long, as such a law says, too. Who is compared:
 
     whole batches   batches whose answers all have the mean length: what a row can give at best
     padded          the ragged requests in batches as they come; each goes on until its longest answer is done
@@ -13,6 +13,7 @@ rounds counts.
 
 import argparse
 import json
+import os
 import queue
 import statistics
 import sys
@@ -21,15 +22,20 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.train_step import machine
+from benchmarks.train_step import ALLOCATOR, machine
 
-SLOTS, REQUESTS, PROMPT, MEAN, MOST = 8, 48, 32, 48, 192
+SLOTS, PROMPT, MEAN, MOST = 8, 32, 48, 192
+WORKLOADS = {"prompts of one length": (48, False), "ragged prompts, too": (96, True)}  # requests, are prompts ragged?
 
 
-def lengths(count: int = REQUESTS) -> list[int]:
-    """-> tokens of each answer: exponential with mean MEAN, from 4 to MOST, the same in every run."""
-    drawn = np.random.default_rng(0).exponential(MEAN, count)
-    return np.clip(drawn.round().astype(int), 4, MOST).tolist()
+def lengths(count: int, mean: int = MEAN, most: int = MOST, seed: int = 0) -> list[int]:
+    """-> so many lengths in tokens: exponential, from 4 to `most`, the same in every run."""
+    drawn = np.random.default_rng(seed).exponential(mean, count)
+    return np.clip(drawn.round().astype(int), 4, most).tolist()
+
+
+def prompt_lengths(count: int, ragged: bool) -> list[int]:
+    return lengths(count, PROMPT, 4 * PROMPT, 1) if ragged else [PROMPT] * count
 
 
 def model():
@@ -59,19 +65,15 @@ class NoText:
         return ""
 
 
-def measure(rounds: int, requests: int, say=print) -> dict[str, list[tuple[int, float]]]:
+def measure(trained, engine, rounds: int, requests: int, ragged: bool, say=print) -> dict[str, list[tuple]]:
     """-> of each way and each round (tokens that somebody wanted, seconds)."""
-    from gpt4v_jax.generate import decode, prompts, weights
-    from gpt4v_jax.serve.engine import Engine
+    from gpt4v_jax.generate import decode, prompts
     from gpt4v_jax.serve.requests import Request
 
-    trained, wanted = weights.turned(model()), lengths(requests)  # as the server has them
+    wanted = lengths(requests)
     mean = round(statistics.mean(wanted))
     rng = np.random.default_rng(1)
-    asked = [prompts.plain(rng.integers(0, 50257, PROMPT).tolist()) for _ in wanted]
-    engine = Engine(trained, SLOTS, queued=requests, prefix_bytes=0)
-    for what in engine.warm():
-        say(what)
+    asked = [prompts.plain(rng.integers(0, 50257, n).tolist()) for n in prompt_lengths(requests, ragged)]
 
     def batches(n_of):
         for i in range(0, requests, SLOTS):
@@ -89,8 +91,7 @@ def measure(rounds: int, requests: int, say=print) -> dict[str, list[tuple[int, 
         told: queue.Queue = queue.Queue()
         for prompt, n in zip(asked, wanted, strict=True):
             engine.submit(Request(prompt, max_new_tokens=n), lambda delta: told.put((len(delta.tokens), delta.finish)))
-        tokens = left = 0
-        left = requests
+        tokens, left = 0, requests
         while left:
             n, finish = told.get()
             tokens, left = tokens + n, left - bool(finish)
@@ -105,24 +106,26 @@ def measure(rounds: int, requests: int, say=print) -> dict[str, list[tuple[int, 
             if i:
                 found[name].append((tokens, time.perf_counter() - before))
         say(f"round {i} of {rounds}")
-    engine.close()
     return found
 
 
-def report(found: dict[str, list[tuple[int, float]]], requests: int) -> str:
-    speeds = {name: [tokens / seconds for tokens, seconds in rounds] for name, rounds in found.items()}
-    ours, wanted = speeds["continuous"], lengths(requests)
+def report(name: str, found: dict[str, list[tuple]], requests: int, ragged: bool) -> str:
+    speeds = {way: [tokens / seconds for tokens, seconds in rounds] for way, rounds in found.items()}
+    ours, wanted, asked = speeds["continuous"], lengths(requests), prompt_lengths(requests, ragged)
     lines = [
-        f"{requests} requests in {SLOTS} rows, prompts of {PROMPT} tokens, answers of {min(wanted)} to {max(wanted)} "
-        f"tokens, {statistics.mean(wanted):.0f} on average; {len(ours)} rounds.",
+        f"## {name.capitalize()}",
+        "",
+        f"{requests} requests in {SLOTS} rows, prompts of {min(asked)} to {max(asked)} tokens "
+        f"({statistics.mean(asked):.0f} on average), answers of {min(wanted)} to {max(wanted)} "
+        f"({statistics.mean(wanted):.0f}); {len(ours)} rounds.",
         "",
         "| | tokens/s, median (min - max) | continuous batching has |",
         "|---|---|---|",
     ]
-    for name, values in speeds.items():
+    for way, values in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
-        beside = "" if name == "continuous" else f"{ratio:.2f} of it"
-        lines.append(f"| {name} | {statistics.median(values):.0f} ({min(values):.0f} - {max(values):.0f}) | {beside} |")
+        beside = "" if way == "continuous" else f"{ratio:.2f} of it"
+        lines.append(f"| {way} | {statistics.median(values):.0f} ({min(values):.0f} - {max(values):.0f}) | {beside} |")
     return "\n".join(lines)
 
 
@@ -131,15 +134,31 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of few requests: does it work?")
     parser.add_argument("--out", type=Path, help="a folder for serving.md")
     args = parser.parse_args()
-    requests, rounds = (SLOTS, 1) if args.quick else (REQUESTS, 5)
-    found = measure(rounds, requests, lambda text: print(text, file=sys.stderr, flush=True))
-    text, here = report(found, requests), machine()
-    print(text)
+    if "GLIBC_TUNABLES" not in os.environ:  # it is read when a process starts
+        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:]])
+    from gpt4v_jax.generate import weights
+    from gpt4v_jax.serve.engine import Engine
+
+    def say(text):
+        print(text, file=sys.stderr, flush=True)
+
+    here, parts = machine(), []
+    trained = weights.turned(model())  # as the server has it
+    engine = Engine(trained, SLOTS, queued=max(n for n, _ in WORKLOADS.values()), prefix_bytes=0)
+    for what in engine.warm():
+        say(what)
+    for name, (requests, ragged) in WORKLOADS.items():
+        requests, rounds = (SLOTS, 1) if args.quick else (requests, 5)
+        parts.append(report(name, measure(trained, engine, rounds, requests, ragged, say), requests, ragged))
+        print(parts[-1] + "\n", flush=True)
+    engine.close()
+    here["load"] += f", {os.getloadavg()[0]:.1f} at the end"
     print(json.dumps(here))
     if args.out:
         facts = " · ".join(f"{name} {value}" for name, value in here.items())
-        page = f"# Continuous batching\n\n`python -m benchmarks.serving --out docs/results`\n\n{facts}\n\n{text}\n"
-        (args.out / "serving.md").write_text(page)
+        page = f"# Continuous batching\n\n`python -m benchmarks.serving --out docs/results`\n\n{facts}\n\n"
+        (args.out / "serving.md").write_text(page + "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,8 @@ def generate(
     `search`'s. What sampling changes of logits is applied to log-probabilities, as there. With a temperature candidates
     are drawn, by one seed a prompt; a beam's score is the sum of what it was drawn by, which temperature has divided. A
     stop string finishes a beam as an end token does."""
+    if not prompts:
+        return []
     if sampling.guidance_scale != 1:
         raise config.InputError(f"num_beams={num_beams} is not guided: leave guidance_scale={sampling.guidance_scale} "
                                 "at 1")  # fmt: skip
@@ -98,8 +100,10 @@ def generate(
     logits, cache, there = decode.begin(trained, prompts, read, slots)
     rows = [p.tokens for p in prompts for _ in range(num_beams)]
     rules, ends = sample.rules([sampling] * len(rows), trained.run.model.vocab), trained.tokenizer.ends
-    keys = decode.keys_of(seeds, len(prompts)) if sampling.temperature else None
-    if keys is not None:
+    keys = decode.keys_of(seeds, len(prompts))  # also says what is wrong with seeds
+    if not sampling.temperature:
+        keys = None
+    else:
         rules["min_tokens_to_keep"] = jnp.full(len(rows), _spare(num_beams, ends))
     process = jax.tree_util.Partial(_processed, sample.history(rows, slots), rules, ends) if rules else None
 

@@ -76,6 +76,8 @@ def generate(
     positions in place of 1.
     """
     config.at_least(1, max_new_tokens=max_new_tokens, num_assistant_tokens=num_assistant_tokens)
+    if not prompts:
+        return [], Counts(*[jnp.zeros(0, jnp.int32)] * 3)
     plain.check_stop(stop)
     law = Law(sampling, trained.tokenizer.ends)
     keys = plain.keys_of(seeds, len(prompts))

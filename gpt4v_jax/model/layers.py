@@ -74,8 +74,8 @@ _LAST = (((1,), (1,)), ((), ()))  # dot_general's numbers where both matrices ha
 
 
 def _product(values, x, dtype=None):
-    """values [outputs,inputs], x [N,inputs] -> [N,outputs]. With the matrix first, for few rows a CPU takes half to
-    three quarters of the time, unless XLA makes one loop of product and transpose: the barrier keeps them two."""
+    """values [outputs,inputs], x [N,inputs] -> [N,outputs]. With the matrix first XLA is faster on a CPU for few rows
+    (docs/results/decode.md), unless it makes one loop of product and transpose: the barrier keeps them two."""
     y = jax.lax.dot_general(values, x, _LAST, preferred_element_type=dtype)
     return (jax.lax.optimization_barrier(y) if jax.default_backend() == "cpu" else y).T
 

@@ -27,7 +27,7 @@ from gpt4v_jax.training.workdir import Trained
 
 DRAWN = sample.Sampling(1.0)
 SHARE = 0.25  # of the time may go to chunks of one user's prompts, while others' rows go on and nobody else waits
-LONGEST_PAUSE = 1.0  # seconds: what takes longer has been compiled
+LONGEST_PAUSE = 8.0  # seconds: a chunk that takes more than a quarter of it has been compiled
 LEAST = 128  # slots of the cache's rows; half as many more, and again, where a row needs them
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,8 @@ class Engine:
         self._thread.join(seconds + 5)
 
     def warm(self) -> Iterator[str]:
-        """Compiles what texts will need, before there are any: yields what it compiles."""
+        """Compiles what texts will need, before there are any: yields what it compiles. Left are small programs:
+        other laws of choosing, and caches that grow or shrink by several sizes at once."""
         context = self.trained.layout.context
         longest = [(f"{size} slots", min(size, context) - 1) for size in self._sizes()]
         for name, length in [("short prompts", 1), *longest]:
@@ -253,17 +254,20 @@ class Engine:
 
     def _fill(self) -> None:
         ticket, chunks = self._filling
+        user = ticket.request.user
+        others = any(t and t.request.user != user for t in self._live)
+        if others:
+            jax.block_until_ready(self._state.cache.cursor)  # their step is none of this chunk's time
         began = time.monotonic()
         try:
             logits, cache, ticket.cached = next(chunks)
         except (config.InputError, BadMedium) as error:
             self._filling = None
             return self._end(ticket, "unreadable" if isinstance(error, BadMedium) else "error", str(error))
-        self.counts["chunks_total"] += 1
-        if any(t and t.request.user != ticket.request.user for t in self._live):
+        self.counts["chunks_total"] += ticket.cached < len(ticket.request.prompt)
+        if others:
             jax.block_until_ready(cache.cursor)
-            took = time.monotonic() - began
-            self._pause = ticket.request.user, began + min(took / SHARE, LONGEST_PAUSE)
+            self._pause = user, began + min((time.monotonic() - began) / SHARE, LONGEST_PAUSE)
         if logits is not None:
             self._admit(ticket, logits, cache)
             self._filling, self._old = None, cache

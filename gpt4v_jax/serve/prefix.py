@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -169,9 +169,14 @@ class Prefixes:
         part = self._known.get(chunk.key)
         if part is None or last and part.logits is None:
             return None
-        self._known.move_to_end(chunk.key)
         self.hits += chunk.stop - chunk.start
         return part
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """The last of them is forgotten last."""
+        for key in keys:
+            if key in self._known:
+                self._known.move_to_end(key)
 
     def put(self, chunk: Chunk, part: Part) -> None:
         size = _bytes(part)
@@ -198,17 +203,21 @@ def filled(trained: Trained, document: chat.Document, read: prompts.Read | None,
         cache = empty(trained.model, 1, slots)
     else:
         cache = _emptied(trained.model, old.k, old.v, old.cursor + decode.BUCKET)
-    remembered = 0
+    remembered, keys = 0, []
     for chunk in chunks(document, read, trained.layout):
         last = chunk.stop == len(document)
-        part = prefixes.get(chunk, last) if remembered == chunk.start else None
+        keys.append(chunk.key)
+        part = prefixes.get(chunk, last)
         if part is not None:
-            cache, remembered = _put(cache, part.cache, chunk.start), chunk.stop
-            if last:
-                yield part.logits, cache, remembered
-            continue
-        logits, cache = read_chunk(trained.model.clone(layout=chunk.layout), trained.params, chunk.batch, cache, last)
-        logits = logits if last else None
-        if prefixes.most:
-            prefixes.put(chunk, Part(_taken(cache, chunk.start, chunk.batch.tokens.shape[1]), logits))
-        yield logits, cache, remembered
+            cache, remembered = _put(cache, part.cache, chunk.start), remembered + chunk.stop - chunk.start
+            logits = part.logits
+        else:
+            model = trained.model.clone(layout=chunk.layout)
+            logits, cache = read_chunk(model, trained.params, chunk.batch, cache, last)
+            if prefixes.most:
+                taken = _taken(cache, chunk.start, chunk.batch.tokens.shape[1])
+                prefixes.put(chunk, Part(taken, logits if last else None))
+        if last:
+            prefixes.touch(keys[::-1])  # what others, too, begin with is worth more than how this one ends
+        if last or part is None:
+            yield logits if last else None, cache, remembered

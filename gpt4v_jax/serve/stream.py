@@ -51,7 +51,8 @@ class Form:
 
     def usage(self, wholes: Sequence[Whole]) -> dict[str, Any]:
         n = self.wish.n
-        cached = sum(max(w.cached for w in wholes[k : k + n]) for k in range(0, len(wholes), n))
+        # Of n answers the first reads the prompt, which the others then find remembered.
+        cached = sum(min(w.cached for w in wholes[k : k + n]) for k in range(0, len(wholes), n))
         return shapes.usage([p.document for p in self.prompts], sum(len(w.tokens) for w in wholes), cached)
 
     def choice(self, k: int, whole: Whole) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from benchmarks import references
 from gpt4v_jax import batch as batch_lib
 from gpt4v_jax import config
 from gpt4v_jax.data import chat, packing
-from gpt4v_jax.generate import beam, decode, sample
+from gpt4v_jax.generate import beam, decode, sample, speculative
 from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.interop import hf
 from gpt4v_jax.model import attention
@@ -399,6 +399,13 @@ def test_bad_values(bad, message):
     with pytest.raises(config.InputError) as raised:
         beam.search(None, None, None, None, **{"num_beams": 2, "room": [3], "end": ()} | bad)
     assert message in str(raised.value)
+
+
+def test_no_prompts_and_seeds_of_another_number():
+    trained = make()
+    assert beam.generate(trained, []) == [] and speculative.generate(trained, [])[0] == []
+    with pytest.raises(config.InputError, match="1 seeds for 2 prompts"):
+        beam.generate(trained, [prompts_lib.plain([5])] * 2, None, 1, 2, seeds=(1,))
 
 
 def test_a_full_cache_is_refused():

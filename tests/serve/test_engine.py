@@ -169,13 +169,25 @@ def test_the_least_recently_used_is_forgotten(trained):
 
 
 @pytest.mark.parametrize("length", (1, 7, 20))
-def test_a_cache_that_was_used_is_as_new(trained, length):
+def test_a_cache_that_was_used_is_as_new(trained, monkeypatch, length):
     """Also what padding wrote behind the prompt; slots that do not divide into chunks."""
-    document, longest = prompts.plain(list(range(3, 3 + length))), trained.layout.context + decode.BUCKET
-    *_, (_, cache, _) = prefix.filled(trained, document, None, longest, prefix.Prefixes(0))
-    assert longest % prefix.CHUNK and any(x.any() for x in cache.k)
-    again = prefix._emptied(trained.model, cache.k, cache.v, cache.cursor + decode.BUCKET)
-    jax.tree.map(np.testing.assert_array_equal, again, prefix.empty(trained.model, 1, longest))
+    longest, begun, read = trained.layout.context + decode.BUCKET, [], prefix.read_chunk
+    assert longest % prefix.CHUNK
+
+    def noted(model, params, batch, cache, last):
+        begun.append(jax.tree.map(np.array, cache))
+        return read(model, params, batch, cache, last)
+
+    def filled(document, old=None):
+        begun.clear()
+        *_, (_, cache, _) = prefix.filled(trained, document, None, longest, prefix.Prefixes(0), old)
+        return cache, begun[0]
+
+    monkeypatch.setattr(prefix, "read_chunk", noted)
+    used, new = filled(prompts.plain(list(range(3, 3 + length))))
+    assert any(x.any() for x in used.k)
+    again = filled(prompts.plain([5]), used)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, new)
 
 
 def test_chunks_end_where_blocks_end():
@@ -237,7 +249,6 @@ def test_prompts_of_one_user_take_a_share_of_the_others_time(trained, monkeypatc
     """A chunk takes 1 s by this test's clock, a step 0.5 s; one user's row goes on, the other one sends prompts."""
     now, seen = [0.0], []
     monkeypatch.setattr(engine_lib.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(engine_lib, "LONGEST_PAUSE", 9.0)
     read, step = prefix.read_chunk, slots_lib.advance
 
     def slow(of, letter, seconds):
@@ -267,8 +278,9 @@ def test_prompts_of_one_user_take_a_share_of_the_others_time(trained, monkeypatc
     assert chunks > 3
     assert order("b") == "cssssss" * (chunks - 1) + "c"  # a quarter of the time
     assert order("a") == "cs" * (chunks - 1) + "c"  # his own answers alone wait
-    # While somebody else waits, too, prompts are read as fast as they can be; then the last one is paced again.
-    assert order("bd").startswith("cs" * chunks)
+    # While somebody else waits, too, prompts are read as fast as they can be; then the last one is paced, from its
+    # second chunk on.
+    assert order("bd").startswith("cs" * (chunks + 1) + "ss")
 
 
 def test_a_prompt_known_to_its_end_is_not_read_again(trained, monkeypatch):
@@ -282,7 +294,22 @@ def test_a_prompt_known_to_its_end_is_not_read_again(trained, monkeypatch):
     engine.close()
     assert found[1] == found[0]._replace(cached=9) and found[3] == found[2]._replace(cached=6)
     # The second chunk was read once without logits, for it was not the last one, and once with.
-    assert len(count) == 4 and found[2].cached == 3
+    assert len(count) == 4 and found[2].cached == 3 and engine.stats()["chunks_total"] == 4
+    known = engine.prefixes._known
+    assert engine.prefixes.bytes == sum(x.nbytes for x in jax.tree.leaves(list(known.values()))) and len(known) == 3
+
+
+def test_beginnings_are_remembered_longer_than_ends(trained):
+    """And what lies behind one that was forgotten is not read again."""
+    engine = Engine(trained, slots=1)
+    whole = prompts.plain(list(range(3, 12)))  # three chunks
+    first = together(engine, [Request(whole, None, 1)])[0]
+    keys = [chunk.key for chunk in prefix.chunks(whole, None, trained.layout)]
+    assert list(engine.prefixes._known) == keys[::-1]
+    engine.prefixes.bytes -= sum(x.nbytes for x in jax.tree.leaves(engine.prefixes._known.pop(keys[1])))
+    again = together(engine, [Request(whole, None, 1)])[0]
+    engine.close()
+    assert again == first._replace(cached=6) and list(engine.prefixes._known) == keys[::-1]
 
 
 def test_a_full_queue_says_when_to_come_again(running, trained):

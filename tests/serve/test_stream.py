@@ -1,8 +1,12 @@
 """Streams: their chunks, joined, are the whole answer; what fails on the way says so in the stream."""
 
+import types
+
 import pytest
 
-from gpt4v_jax.generate import score
+from gpt4v_jax.generate import prompts, score
+from gpt4v_jax.serve import stream
+from gpt4v_jax.serve.follow import Whole
 from tests.serve import fake
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -69,6 +73,15 @@ def test_usage_comes_last_where_it_is_asked_for(engine):
     assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
     assert last["usage"] == {"prompt_tokens": 4, "completion_tokens": 10, "total_tokens": 14,
                              "prompt_tokens_details": {"cached_tokens": 3}}  # fmt: skip
+
+
+def test_of_several_answers_one_has_read_the_prompt():
+    """Then it was not remembered, though the others found it there."""
+    asked = [stream.Prompt(prompts.plain([5] * n)) for n in (4, 6)]
+    form = types.SimpleNamespace(wish=types.SimpleNamespace(n=2), prompts=asked)
+    wholes = [Whole(tokens=[1], cached=cached) for cached in (0, 4, 6, 6)]
+    usage = stream.Form.usage(form, wholes)
+    assert usage["prompt_tokens"] == 10 and usage["prompt_tokens_details"] == {"cached_tokens": 6}
 
 
 @pytest.mark.parametrize("finish, reason, note", [
