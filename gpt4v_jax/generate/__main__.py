@@ -74,7 +74,8 @@ _SAMPLING = {
     }.items()
 }  # fmt: skip
 _WEIGHTS = flags.DEFINE_enum("weights", "float32", weights.KINDS, "int8: a quarter of the memory, and faster; "
-                             "answers differ a little; w8a8: faster still, they differ more")  # fmt: skip
+                             "answers differ a little; w8a8: faster for many at once, too; "
+                             "they differ more")  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 
 

@@ -120,7 +120,8 @@ def generate(
         allowed = constrain.masks(matchers, trained.run.model.vocab) if grammar else None
         new, logits, cache, past = decode(  # not the clone: of media in the stream other ones compile nothing anew
             trained.model, trained.params, logits, cache, past, keys, done, rules, trained.tokenizer.ends,
-            tuple(logits_processor), allowed, tokens=n, logprobs=logprobs, output_scores=output_scores,
+            tuple(logits_processor), allowed, jnp.array(room), tokens=n, logprobs=logprobs,
+            output_scores=output_scores,
         )  # fmt: skip
         told.append(jax.tree.map(np.asarray, new))
         so_far = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *told)
@@ -268,9 +269,9 @@ STATIC = ("model", "end", "processors", "tokens", "logprobs", "output_scores")
 
 @functools.partial(jax.jit, static_argnames=STATIC, donate_argnames="cache")
 def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done, rules: sample.Rules,
-           end: tuple[int, ...] = (), processors: tuple[Processor, ...] = (), allowed=None, *, tokens: int = BLOCK,
-           logprobs: int | None = None, output_scores: bool = False):  # fmt: skip
-    """Draws up to `tokens` a row, and stops early when all rows are done.
+           end: tuple[int, ...] = (), processors: tuple[Processor, ...] = (), allowed=None, limit=None, *,
+           tokens: int = BLOCK, logprobs: int | None = None, output_scores: bool = False):  # fmt: skip
+    """Draws up to `tokens` a row, and stops early when all rows are done, or have `limit` [B] int32 tokens in all.
 
     -> (Told, the logits after them, cache, past). Token n of an answer is drawn by key fold_in(key, n), so that it
     depends on the row's seed and on n alone. With guidance logits and cache have twice the rows, the second prompts'
@@ -290,8 +291,11 @@ def decode(model: GPT4V, params, logits, cache, past: sample.History, keys, done
         told = jax.tree.map(lambda all, x: all.at[:, n].set(x), told, new)
         token = jnp.maximum(new.tokens, 0)
         logits, cache = step(model, params, jnp.tile(token, len(logits) // len(keys)), cache)
+        past = past.append(token)
         done |= jnp.isin(new.tokens, jnp.array(end, jnp.int32)) | (new.tokens < 0)
-        return n + 1, told, logits, cache, past.append(token), done
+        if limit is not None:
+            done |= past.length - past.prompt >= limit
+        return n + 1, told, logits, cache, past, done
 
     shapes = jax.eval_shape(draw, logits, past, keys, rules)
     told = jax.tree.map(lambda x: jnp.zeros((len(x), tokens, *x.shape[1:]), x.dtype), shapes)

@@ -23,7 +23,8 @@ from gpt4v_jax.training import workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of a trained run", allow_override=True)
 _WEIGHTS = flags.DEFINE_enum("weights", "float32", weights.KINDS, "int8: a quarter of the memory; w8a8: "
-                             "faster still (docs/generate.md)", allow_override=True)  # fmt: skip
+                             "as little, and faster, but answers differ more (docs/generate.md)",
+                             allow_override=True)  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "the address to listen at; 0.0.0.0: all of this machine's")
 _PORT = flags.DEFINE_integer("port", 8000, "0: a free one")

@@ -181,6 +181,17 @@ def test_a_picture_in_a_later_chunk(name):
     np.testing.assert_allclose(np.concatenate(found), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_decoding_ends_where_the_longest_answer_does():
+    trained = make()
+    prompts = [ask(trained, "ab"), ask(trained, "abc")]
+    logits, cache, _ = decode.begin(trained, prompts, None, 16)
+    past = sample.history([p.tokens for p in prompts], 16)
+    keys, done, most = decode.keys_of((), 2), jnp.zeros(2, bool), jnp.array([3, 5])
+    *_, past = decode.decode(trained.model, trained.params, logits, cache, past, keys, done, {}, limit=most)
+    assert (past.length - past.prompt).tolist() == [5, 5]
+    assert [len(a.tokens) for a in decode.generate(trained, prompts, max_new_tokens=18)] == [18, 18]
+
+
 @pytest.mark.parametrize("name", tiny.fusions("concat", "prefix_lm", "cross_attention", "encoder_decoder"))
 def test_a_batch_of_prompts_equals_each_alone(name, shown):
     trained = make(**tiny.FUSIONS[name])
