@@ -1,7 +1,7 @@
 """Continuous batching beside batches, in one run: python -m benchmarks.serving [--quick] [--out docs/results]
 
-GPT-2's shape (124 M), random weights, float32; answers as long as an exponential law says, and prompts of 32 tokens or,
-in a queue twice as long, as such a law says, too. Who is compared:
+GPT-2's shape (124 M), random weights, float32; prompts of 32 tokens, answers as long as an exponential law says. Who is
+compared:
 
     whole batches   batches whose answers all have the mean length: what a row can give at best
     padded          the ragged requests in batches as they come; each goes on until its longest answer is done
@@ -24,18 +24,13 @@ import numpy as np
 
 from benchmarks.train_step import ALLOCATOR, machine
 
-SLOTS, PROMPT, MEAN, MOST = 8, 32, 48, 192
-WORKLOADS = {"prompts of one length": (48, False), "ragged prompts, too": (96, True)}  # requests, are prompts ragged?
+SLOTS, REQUESTS, PROMPT, MEAN, MOST = 8, 48, 32, 48, 192
 
 
-def lengths(count: int, mean: int = MEAN, most: int = MOST, seed: int = 0) -> list[int]:
-    """-> so many lengths in tokens: exponential, from 4 to `most`, the same in every run."""
-    drawn = np.random.default_rng(seed).exponential(mean, count)
-    return np.clip(drawn.round().astype(int), 4, most).tolist()
-
-
-def prompt_lengths(count: int, ragged: bool) -> list[int]:
-    return lengths(count, PROMPT, 4 * PROMPT, 1) if ragged else [PROMPT] * count
+def lengths(count: int = REQUESTS) -> list[int]:
+    """-> tokens of each answer: exponential with mean MEAN, from 4 to MOST, the same in every run."""
+    drawn = np.random.default_rng(0).exponential(MEAN, count)
+    return np.clip(drawn.round().astype(int), 4, MOST).tolist()
 
 
 def model():
@@ -65,7 +60,7 @@ class NoText:
         return ""
 
 
-def measure(trained, engine, rounds: int, requests: int, ragged: bool, say=print) -> dict[str, list[tuple]]:
+def measure(trained, engine, rounds: int, requests: int, say=print) -> dict[str, list[tuple]]:
     """-> of each way and each round (tokens that somebody wanted, seconds)."""
     from gpt4v_jax.generate import decode, prompts
     from gpt4v_jax.serve.requests import Request
@@ -73,7 +68,7 @@ def measure(trained, engine, rounds: int, requests: int, ragged: bool, say=print
     wanted = lengths(requests)
     mean = round(statistics.mean(wanted))
     rng = np.random.default_rng(1)
-    asked = [prompts.plain(rng.integers(0, 50257, n).tolist()) for n in prompt_lengths(requests, ragged)]
+    asked = [prompts.plain(rng.integers(0, 50257, PROMPT).tolist()) for _ in wanted]
 
     def batches(n_of):
         for i in range(0, requests, SLOTS):
@@ -109,15 +104,12 @@ def measure(trained, engine, rounds: int, requests: int, ragged: bool, say=print
     return found
 
 
-def report(name: str, found: dict[str, list[tuple]], requests: int, ragged: bool) -> str:
+def report(found: dict[str, list[tuple]], requests: int) -> str:
     speeds = {way: [tokens / seconds for tokens, seconds in rounds] for way, rounds in found.items()}
-    ours, wanted, asked = speeds["continuous"], lengths(requests), prompt_lengths(requests, ragged)
+    ours, wanted = speeds["continuous"], lengths(requests)
     lines = [
-        f"## {name.capitalize()}",
-        "",
-        f"{requests} requests in {SLOTS} rows, prompts of {min(asked)} to {max(asked)} tokens "
-        f"({statistics.mean(asked):.0f} on average), answers of {min(wanted)} to {max(wanted)} "
-        f"({statistics.mean(wanted):.0f}); {len(ours)} rounds.",
+        f"{requests} requests in {SLOTS} rows, prompts of {PROMPT} tokens, answers of {min(wanted)} to {max(wanted)} "
+        f"tokens, {statistics.mean(wanted):.0f} on average; {len(ours)} rounds.",
         "",
         "| | tokens/s, median (min - max) | continuous batching has |",
         "|---|---|---|",
@@ -143,22 +135,20 @@ def main() -> None:
     def say(text):
         print(text, file=sys.stderr, flush=True)
 
-    here, parts = machine(), []
-    trained = weights.turned(model())  # as the server has it
-    engine = Engine(trained, SLOTS, queued=max(n for n, _ in WORKLOADS.values()), prefix_bytes=0)
+    requests, rounds = (SLOTS, 1) if args.quick else (REQUESTS, 5)
+    here, trained = machine(), weights.turned(model())  # as the server has it
+    engine = Engine(trained, SLOTS, queued=requests, prefix_bytes=0)
     for what in engine.warm():
         say(what)
-    for name, (requests, ragged) in WORKLOADS.items():
-        requests, rounds = (SLOTS, 1) if args.quick else (requests, 5)
-        parts.append(report(name, measure(trained, engine, rounds, requests, ragged, say), requests, ragged))
-        print(parts[-1] + "\n", flush=True)
+    text = report(measure(trained, engine, rounds, requests, say), requests)
     engine.close()
     here["load"] += f", {os.getloadavg()[0]:.1f} at the end"
+    print(text)
     print(json.dumps(here))
     if args.out:
         facts = " · ".join(f"{name} {value}" for name, value in here.items())
-        page = f"# Continuous batching\n\n`python -m benchmarks.serving --out docs/results`\n\n{facts}\n\n"
-        (args.out / "serving.md").write_text(page + "\n\n".join(parts) + "\n")
+        page = f"# Continuous batching\n\n`python -m benchmarks.serving --out docs/results`\n\n{facts}\n\n{text}\n"
+        (args.out / "serving.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_what_an_encoder_reads_and_the_decoder_says():
 # ---- blocks computed otherwise
 
 
-@pytest.mark.parametrize("name", tiny.fusions("pooled", "experts"))
+@pytest.mark.parametrize("name", tiny.fusions("experts"))
 def test_a_loop_of_blocks_is_the_list(name):
     values = tiny.FUSIONS[name] if name != "injected" else {"depth": 3, "encoder": True, "fusion": {"inject": 2}}
     module, params = tiny.make_model(tiny.make_config(**values))

@@ -68,7 +68,7 @@ def influence_of(kind: str, position: str, where: str = "stream"):
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("kind", tiny.fusions(
-    "concat", "prefix_lm", "cross_attention", "q_former", "encoder_decoder", "experts"
+    "concat", "prefix_lm", "cross_attention", "encoder_decoder", "experts"
 ))  # fmt: skip
 def test_causality_by_gradient(kind, name, shown):
     model, influence = influence_of(kind, "learned" if kind == "prefix_lm" else "rope")
