@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import openai
 
-from benchmarks.bad_input import gif, picture, uri
+from benchmarks.bad_kinds import gif, picture, uri
 
 NAME, KEY = "it", "clients!" * 2
 QUEUED = 4  # requests that may wait at the server: a few clients fill its queue

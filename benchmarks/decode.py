@@ -271,9 +271,9 @@ backends, the matrix is made float32, once for all rows.
 
 ## What is done for float32
 
-Matrices lie outputs first (`weights.turned`, once after loading), and stand first in the product: for few rows XLA's
-routine for a CPU then takes half to three quarters of the time, as long as the transpose behind it stays a loop of its
-own. The cache holds heads before slots, as a step's products read it. It is no longer than the longest answer needs.
+Matrices lie outputs first (`weights.turned`, once after loading), and stand first in the product (`layers._product`);
+the transpose behind it is a loop of its own. The cache holds heads before slots, as a step's products read it. It is no
+longer than the longest answer needs.
 """
 
 

@@ -61,7 +61,7 @@ class NoText:
 
 
 def measure(trained, engine, rounds: int, requests: int, say=print) -> dict[str, list[tuple]]:
-    """-> of each way and each round (tokens that somebody wanted, seconds)."""
+    """-> of each way and each round (tokens that somebody wanted, steps of the rows, seconds)."""
     from gpt4v_jax.generate import decode, prompts
     from gpt4v_jax.serve.requests import Request
 
@@ -71,53 +71,57 @@ def measure(trained, engine, rounds: int, requests: int, say=print) -> dict[str,
     asked = [prompts.plain(rng.integers(0, 50257, PROMPT).tolist()) for _ in wanted]
 
     def batches(n_of):
+        steps = 0
         for i in range(0, requests, SLOTS):
-            decode.generate(trained, asked[i : i + SLOTS], max_new_tokens=n_of(wanted[i : i + SLOTS]))
+            longest = n_of(wanted[i : i + SLOTS])
+            decode.generate(trained, asked[i : i + SLOTS], max_new_tokens=longest)
+            steps += longest
+        return steps
 
     def whole():
-        batches(lambda _: mean)
-        return mean * requests
+        return mean * requests, batches(lambda _: mean)
 
     def padded():
-        batches(max)
-        return sum(wanted)
+        return sum(wanted), batches(max)
 
     def continuous():
         told: queue.Queue = queue.Queue()
+        before = engine.counts["steps_total"]
         for prompt, n in zip(asked, wanted, strict=True):
             engine.submit(Request(prompt, max_new_tokens=n), lambda delta: told.put((len(delta.tokens), delta.finish)))
         tokens, left = 0, requests
         while left:
             n, finish = told.get()
             tokens, left = tokens + n, left - bool(finish)
-        return tokens
+        return tokens, engine.counts["steps_total"] - before
 
     ways = {"whole batches": whole, "padded": padded, "continuous": continuous}
-    found: dict[str, list[tuple[int, float]]] = {name: [] for name in ways}
+    found: dict[str, list[tuple[int, int, float]]] = {name: [] for name in ways}
     for i in range(rounds + 1):  # the first one compiles
         for name, way in ways.items():
             before = time.perf_counter()
-            tokens = way()
+            tokens, steps = way()
             if i:
-                found[name].append((tokens, time.perf_counter() - before))
+                found[name].append((tokens, steps, time.perf_counter() - before))
         say(f"round {i} of {rounds}")
     return found
 
 
 def report(found: dict[str, list[tuple]], requests: int) -> str:
-    speeds = {way: [tokens / seconds for tokens, seconds in rounds] for way, rounds in found.items()}
+    speeds = {way: [tokens / seconds for tokens, _, seconds in rounds] for way, rounds in found.items()}
     ours, wanted = speeds["continuous"], lengths(requests)
     lines = [
         f"{requests} requests in {SLOTS} rows, prompts of {PROMPT} tokens, answers of {min(wanted)} to {max(wanted)} "
         f"tokens, {statistics.mean(wanted):.0f} on average; {len(ours)} rounds.",
         "",
-        "| | tokens/s, median (min - max) | continuous batching has |",
-        "|---|---|---|",
+        "| | steps | tokens/s, median (min - max) | continuous batching has |",
+        "|---|---|---|---|",
     ]
     for way, values in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
         beside = "" if way == "continuous" else f"{ratio:.2f} of it"
-        lines.append(f"| {way} | {statistics.median(values):.0f} ({min(values):.0f} - {max(values):.0f}) | {beside} |")
+        speed = f"{statistics.median(values):.0f} ({min(values):.0f} - {max(values):.0f})"
+        lines.append(f"| {way} | {found[way][-1][1]} | {speed} | {beside} |")
     return "\n".join(lines)
 
 

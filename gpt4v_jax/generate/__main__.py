@@ -73,9 +73,9 @@ _SAMPLING = {
         "guidance_scale": "above 1: away from what a second prompt would have",
     }.items()
 }  # fmt: skip
-_WEIGHTS = flags.DEFINE_enum("weights", "float32", weights.KINDS, "int8: a quarter of the memory, and faster; "
-                             "answers differ a little; w8a8: faster for many at once, too; "
-                             "they differ more")  # fmt: skip
+_WEIGHTS = flags.DEFINE_enum("weights", "float32", weights.KINDS, "int8: a quarter of the memory; one answer "
+                             "is faster, and differs a little; w8a8: eight are faster, too, and differ "
+                             "more")  # fmt: skip
 _STEP = flags.DEFINE_integer("step", None, "which checkpoint; otherwise the best", allow_override=True)
 
 

@@ -100,10 +100,8 @@ def generate(
     logits, cache, there = decode.begin(trained, prompts, read, slots)
     rows = [p.tokens for p in prompts for _ in range(num_beams)]
     rules, ends = sample.rules([sampling] * len(rows), trained.run.model.vocab), trained.tokenizer.ends
-    keys = decode.keys_of(seeds, len(prompts))  # also says what is wrong with seeds
-    if not sampling.temperature:
-        keys = None
-    else:
+    keys = decode.keys_of(seeds, len(prompts))
+    if sampling.temperature:
         rules["min_tokens_to_keep"] = jnp.full(len(rows), _spare(num_beams, ends))
     process = jax.tree_util.Partial(_processed, sample.history(rows, slots), rules, ends) if rules else None
 
@@ -112,7 +110,8 @@ def generate(
         return any(s in text for s in stop)
 
     found = search(trained.model, trained.params, logits, cache, num_beams, room, ends, length_penalty, early_stopping,
-                   num_return_sequences, process, keys, stopped if stop else None)  # fmt: skip
+                   num_return_sequences, process, keys if sampling.temperature else None,
+                   stopped if stop else None)  # fmt: skip
     answers = []
     for asked, here, most, beams in zip(prompts, there, room, found, strict=True):
         for beam in beams if here else ():

@@ -27,7 +27,7 @@ from gpt4v_jax.training.workdir import Trained
 
 DRAWN = sample.Sampling(1.0)
 SHARE = 0.25  # of the time may go to chunks of one user's prompts, while others' rows go on and nobody else waits
-LONGEST_PAUSE = 8.0  # seconds: a chunk that takes more than a quarter of it has been compiled
+LONGEST_PAUSE = 8.0  # seconds: of a chunk that takes more than a quarter of it most have been compiled
 LEAST = 128  # slots of the cache's rows; half as many more, and again, where a row needs them
 
 log = logging.getLogger(__name__)

@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("av")
 
-from benchmarks import bad_input  # noqa: E402
+from benchmarks import bad_input, bad_kinds  # noqa: E402
 
 
 def test_what_is_sent_is_what_its_name_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(bad_input, "silence", lambda hours: b"fLaC")  # takes a second
-    kinds = {kind.name: kind for kind in bad_input.kinds(1234, tmp_path)}
+    monkeypatch.setattr(bad_kinds, "silence", lambda hours: b"fLaC")  # takes a second
+    kinds = {kind.name: kind for kind in bad_kinds.kinds(1234, tmp_path)}
     assert len(kinds["this machine and its neighbours in 57 spellings"].bodies) == 57
     assert len(kinds["200 pictures"].bodies[0]["messages"][0]["content"]) == 201
     assert len(kinds["a body of 25 MB"].bodies[0]) > 25_000_000

@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("openai")
-
-from benchmarks import client_checks, clients  # noqa: E402
-from gpt4v_jax.generate import score  # noqa: E402
-from gpt4v_jax.serve import completions  # noqa: E402
-from gpt4v_jax.training import workdir  # noqa: E402
+from benchmarks import client_checks, clients
+from gpt4v_jax.generate import score
+from gpt4v_jax.serve import completions
+from gpt4v_jax.training import workdir
 
 
 def test_node_has_the_same_checks():
