@@ -23,8 +23,20 @@ import time
 from pathlib import Path
 
 from benchmarks.bad_kinds import (
-    BARS, CHAT, KEYS, TOKENS, Kind, client, crowd, gauge, kinds, picture, send, shown, uri,
-)  # fmt: skip
+    BARS,
+    CHAT,
+    KEYS,
+    TOKENS,
+    Kind,
+    client,
+    crowd,
+    gauge,
+    kinds,
+    picture,
+    send,
+    shown,
+    uri,
+)
 from benchmarks.train_step import ALLOCATOR, machine
 
 # A model of 12.5 M parameters that reads pictures, clips and sounds, after a step of training.
