@@ -85,15 +85,13 @@ def measure(trained, engine, rounds: int, requests: int, say=print) -> dict[str,
         return sum(wanted), batches(max)
 
     def continuous():
-        told: queue.Queue = queue.Queue()
-        before = engine.counts["steps_total"]
+        over: queue.Queue = queue.Queue()  # is told of ends alone, as the other ways are
+        tokens, steps = (engine.counts[name] for name in ("tokens_total", "steps_total"))
         for prompt, n in zip(asked, wanted, strict=True):
-            engine.submit(Request(prompt, max_new_tokens=n), lambda delta: told.put((len(delta.tokens), delta.finish)))
-        tokens, left = 0, requests
-        while left:
-            n, finish = told.get()
-            tokens, left = tokens + n, left - bool(finish)
-        return tokens, engine.counts["steps_total"] - before
+            engine.submit(Request(prompt, max_new_tokens=n), lambda delta: delta.finish and over.put(delta.finish))
+        ends = [over.get() for _ in asked]
+        assert set(ends) == {"length"}, ends
+        return engine.counts["tokens_total"] - tokens, engine.counts["steps_total"] - steps
 
     ways = {"whole batches": whole, "padded": padded, "continuous": continuous}
     found: dict[str, list[tuple[int, int, float]]] = {name: [] for name in ways}

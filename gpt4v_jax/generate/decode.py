@@ -333,6 +333,12 @@ def step(model: GPT4V, params, token_B, cache: attention.Cache):
 
 def extend(model: GPT4V, params, tokens_BT, cache: attention.Cache):
     """Appends T tokens a row -> (logits [B,T,V] behind each, cache). The cache must have T free slots."""
+    hidden, cache = appended(model, params, tokens_BT, cache)
+    return model.apply({"params": params}, hidden, method="logits"), cache
+
+
+def appended(model: GPT4V, params, tokens_BT, cache: attention.Cache):
+    """`extend` -> (hidden [B,T,D], cache)."""
     position = cache.next_position[:, None] + jnp.arange(tokens_BT.shape[1])[:, None]
     if model.config.position == "learned":
         # Of rows that are done, and of proposals, some lie beyond the context. The table would give NaN there, of which
@@ -348,4 +354,4 @@ def extend(model: GPT4V, params, tokens_BT, cache: attention.Cache):
         weight=jnp.zeros_like(tokens_BT, jnp.float32),
     )
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
-    return model.apply({"params": params}, hidden, method="logits"), cache
+    return hidden, cache

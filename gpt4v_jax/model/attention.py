@@ -18,7 +18,16 @@ from gpt4v_jax import config
 CHUNK = 64  # queries at a time: on a CPU the T x T scores of a chunk stay in the processor's cache
 BLOCK = 64  # keys at a time, of rows that decode each at a place of its own
 LARGE = 4096  # scores of two blocks, from which on XLA makes the same of every number of blocks at once
+NOBODY = np.iinfo(np.int32).max  # a page that there is not
 MASKED = -1e30
+
+
+@flax.struct.dataclass
+class Pages:
+    """Whose the pages of a cache are (Kwon et al. 2023, PagedAttention): a row takes as many as it is long."""
+
+    table: jax.Array  # [B,N] int32: page n of each row; NOBODY from its last one on
+    owner: jax.Array  # [P] int32: the row of each page; of one that nobody has, any
 
 
 @flax.struct.dataclass
@@ -26,7 +35,8 @@ class Cache:
     """What decoding remembers: per layer k (after rope) and v, and what the mask law needs of every slot.
 
     All rows share one cursor, or have one each; a row's unused slots have document 0, which no query sees, so prompts
-    of different lengths need no shifting. `next_position` is one more than the largest position so far.
+    of different lengths need no shifting. `next_position` is one more than the largest position so far. With pages, P
+    pages of S slots are in the place of B rows of S slots, and a row goes on from page to page.
     """
 
     k: tuple[jax.Array, ...]  # depth x [B,K,S,H]: as the products of a step read it, so that none moves it first
@@ -40,6 +50,16 @@ class Cache:
     last_index: jax.Array  # [B] int32
     memory: tuple[tuple[jax.Array, jax.Array], ...]  # k, v [B,K,M,H] of what each block with a memory reads; M grows
     memory_parts: tuple[jax.Array, jax.Array, jax.Array]  # document, step, kind of the memory, [B,M] int32 each
+    pages: Pages | None = None
+
+    @property
+    def place(self):
+        """-> where what comes next goes, as `entered` has it."""
+        if self.pages is None:
+            return self.cursor
+        table, size = self.pages.table, self.document.shape[1]
+        page = jnp.take_along_axis(table, self.cursor[:, None] // size, axis=1, mode="fill", fill_value=NOBODY)
+        return page[:, 0], self.cursor % size
 
 
 def empty_cache(model: config.Backbone, rows: int, slots: int, axes: int = 1) -> Cache:
@@ -54,13 +74,22 @@ def empty_cache(model: config.Backbone, rows: int, slots: int, axes: int = 1) ->
     return Cache(kv, kv, zeros, zeros, zeros, jnp.int32(0), position, row, row, memory, (none, none, none))
 
 
+IN_SLOTS = ("k", "v", "document", "step", "index")  # of Cache: a value for each slot
+
+
 def slots(x) -> int:
     """-> which axis of one of a cache's arrays, [B,S] or [B,K,S,H], is its slots."""
     return max(x.ndim - 2, 1)
 
 
 def entered(x, new, cursor):
-    """-> x, [B,S] or [B,K,S,H], with `new` of T slots from the cursor, [] or [B], on."""
+    """-> x, [B,S] or [B,K,S,H], with `new` of T slots from the cursor, [] or [B], on. A pair ([B] page, [B] slot) for
+    x of pages: `new` has one slot a row, and what goes to a page that there is not is dropped."""
+    if isinstance(cursor, tuple):
+        page, slot = cursor
+        if slots(x) == 1:
+            return x.at[page, slot].set(new[:, 0], mode="drop")
+        return x.at[page, :, slot].set(new[:, :, 0], mode="drop")
     if jnp.ndim(cursor):
         enter = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=slots(x) - 1)
         return jax.vmap(enter)(x, new, cursor)
@@ -79,9 +108,9 @@ def extend(cache: Cache, batch: batch_lib.Batch) -> tuple[jax.Array, jax.Array, 
     # Over three axes text goes on behind the largest of all of them, which a count of positions would miss.
     seen = jnp.max(jnp.where(real, batch.position.max(-1) + 1, cache.next_position[:, :1]), axis=1)
     return step, index, cache.replace(
-        document=entered(cache.document, batch.document, cache.cursor),
-        step=entered(cache.step, step, cache.cursor),
-        index=entered(cache.index, index, cache.cursor),
+        document=entered(cache.document, batch.document, cache.place),
+        step=entered(cache.step, step, cache.place),
+        index=entered(cache.index, index, cache.place),
         cursor=cache.cursor + batch.tokens.shape[1],
         next_position=jnp.broadcast_to(seen[:, None], cache.next_position.shape),
         last_step=last,
@@ -107,7 +136,8 @@ class Sight:
     k_item: Any = None  # [B,S]: which queries alone see this key; 0: all
     k_kind: Any = None  # [B,S]: of each kind, from 1 on, a query sees only the keys of the latest step
     reach: int = flax.struct.field(pytree_node=False, default=0)
-    cursor: Any = None  # with a cache: where this batch's k and v go
+    cursor: Any = None  # with a cache: where this batch's k and v go, Cache.place
+    pages: Pages | None = None  # of the cache: keys are [P,S]
     alone: bool = flax.struct.field(pytree_node=False, default=False)  # no bit depends on how many keys nobody sees
 
     def part(self, rows: slice, keys: slice) -> "Sight":
@@ -116,6 +146,12 @@ class Sight:
         fields = {name: getattr(self, name) for name in ("q_document", "q_step", "k_document", "k_step", "q_index",
                                                          "k_index", "q_item", "k_item", "k_kind")}  # fmt: skip
         return Sight(**{name: x if x is None else x[:, at[name[0]]] for name, x in fields.items()})
+
+    def of_pages(self) -> "Sight":
+        """-> the sight of each page's row on it: queries are [P,T], too."""
+        asks = {name: x if x is None else x[self.pages.owner]
+                for name in ("q_document", "q_step", "q_index", "q_item") for x in [getattr(self, name)]}  # fmt: skip
+        return self.replace(pages=None, **asks)
 
 
 def within(document, step, reach: int) -> Sight:
@@ -246,37 +282,58 @@ def _attend(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
     return out.astype(v_BSKH.dtype)
 
 
-def _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
-    """`_attend` in blocks all at once: each is the same product, and what sums them goes in one order, block by block
-    and, within one, by halves. Blocks that a row does not see add zeros."""
-    (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
-    N = S // BLOCK
+def _attend_pages(q_PKGH, k_PKSH, v_PKSH, mask_PS, table_BN, scale, cap, bias_PNS=None):
+    """Attention of rows to the pages that `table_BN` gives them, each page as its row's query sees it -> [B,K,G,H].
+
+    Every page is the same product, and a row's are joined in its own order (running largest score: Milakov & Gimelshein
+    2018, algorithm 3), so that no bit depends on where they lie or on whose the others are.
+    """
+    P, K, G, H = q_PKGH.shape
     scale = H**-0.5 if scale is None else scale
-    k, v = (x.swapaxes(1, 2).reshape(B, K, N, BLOCK, H) for x in (k_BSKH, v_BSKH))  # as the cache has them
-    x = jnp.einsum("BTKGH,BKbSH->BKbGTS", q_BTKGH * scale, k, preferred_element_type=jnp.float32)
+    x = jnp.einsum("PKGH,PKSH->PKGS", q_PKGH * scale, k_PKSH, preferred_element_type=jnp.float32)
     if cap:
         x = jnp.tanh(x / cap) * cap
-    if bias_BNTS is not None:
-        x += bias_BNTS.reshape(-1, K, G, T, N, BLOCK).transpose(0, 1, 4, 2, 3, 5)
-    x += jnp.where(mask_BTS, 0.0, MASKED).reshape(B, 1, T, N, 1, BLOCK).transpose(0, 1, 3, 4, 2, 5)
-    powers = jnp.exp(x - x.max((2, 5), keepdims=True))
-    outs = jnp.einsum("BKbGTS,BKbSH->BKbGTH", powers.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    totals = powers
-    while (half := totals.shape[-1] // 2) > 0:
-        totals = totals[..., :half] + totals[..., half:]
-    out, total = outs[:, :, 0], totals[:, :, 0]
-    for i in range(1, N):
-        out, total = out + outs[:, :, i], total + totals[:, :, i]
-    out = (out / total).transpose(0, 3, 1, 2, 4) * mask_BTS.any(-1)[:, :, None, None, None]
-    return out.astype(v_BSKH.dtype)
+    if bias_PNS is not None:
+        x += bias_PNS.reshape(x.shape)
+    x += jnp.where(mask_PS, 0.0, MASKED)[:, None, None]
+    largest_PKG = x.max(-1)
+    powers = jnp.where(mask_PS[:, None, None], jnp.exp(x - largest_PKG[..., None]), 0)
+    outs = jnp.einsum("PKGS,PKSH->PKGH", powers.astype(v_PKSH.dtype), v_PKSH, preferred_element_type=jnp.float32)
+    while (half := powers.shape[-1] // 2) > 0:  # in one order, whatever XLA thinks of sums
+        powers = powers[..., :half] + powers[..., half:]
+    there_BN, table_BN = table_BN < P, jnp.minimum(table_BN, P - 1)
+
+    def join(n, carry):
+        largest, total, out = carry
+        page, there = table_BN[:, n], there_BN[:, n, None, None]
+        one = jnp.where(there, largest_PKG[page], MASKED)
+        new = jnp.maximum(largest, one)
+        kept, more = jnp.exp(largest - new), jnp.where(there, jnp.exp(one - new), 0)
+        return new, total * kept + powers[page, ..., 0] * more, out * kept[..., None] + outs[page] * more[..., None]
+
+    B = len(table_BN)
+    start = jnp.full((B, K, G), MASKED), jnp.zeros((B, K, G)), jnp.zeros((B, K, G, H))
+    _, total, out = jax.lax.fori_loop(0, there_BN.sum(1).max(), join, start)
+    return out / jnp.where(total > 0, total, 1)[..., None]
+
+
+def _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap):
+    """`_attend` of one query a row, BLOCK keys of a head a page, so that none of them moves."""
+    (B, _, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
+    N = S // BLOCK
+    k, v = (x.swapaxes(1, 2).reshape(B * K * N, 1, BLOCK, H) for x in (k_BSKH, v_BSKH))  # as the cache has them
+    q = jnp.repeat(q_BTKGH.reshape(B * K, 1, G, H), N, axis=0)
+    mask = jnp.broadcast_to(mask_BTS, (B, K, S)).reshape(B * K * N, BLOCK)
+    out = _attend_pages(q, k, v, mask, jnp.arange(B * K * N).reshape(B * K, N), scale, cap)
+    return out.reshape(B, 1, K, G, H).astype(v_BSKH.dtype)
 
 
 def _attend_alone(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
     """`_attend`, BLOCK keys at a time up to the last one that a row sees, with the same bits however many there are.
 
     The order of a sum, and so its last bits, depend on its length: here each has the same length, and a block that a
-    row does not see changes nothing of it. Running largest score: Milakov & Gimelshein 2018, algorithm 3. A step
-    of many rows, which sees most blocks, has them all at once.
+    row does not see changes nothing of it. Running largest score: Milakov & Gimelshein 2018, algorithm 3. One
+    query of many rows and heads, which sees most blocks, has them all at once.
     """
     (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
     behind = max(-S % BLOCK, 2 * BLOCK - S)  # a loop over one block would cut nothing, and be compiled otherwise
@@ -285,8 +342,8 @@ def _attend_alone(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS):
         mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, behind)))
         bias_BNTS = None if bias_BNTS is None else jnp.pad(bias_BNTS, ((0, 0), (0, 0), (0, 0), (0, behind)))
 
-    if T == 1 and B * K * G * 2 * BLOCK >= LARGE:
-        return _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap, bias_BNTS)
+    if T == 1 and bias_BNTS is None and B * K * G * 2 * BLOCK >= LARGE:
+        return _attend_blocks(q_BTKGH, k_BSKH, v_BSKH, mask_BTS, scale, cap)
 
     # A block at a time out of the arrays as the cache has them: else all of them would be turned before the loop.
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
@@ -322,6 +379,12 @@ def attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, scale=None, cap: float = 0.0, w
     if not S:  # a memory without media: there is no largest score
         return jnp.zeros_like(q_BTNH)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    if sight.pages is not None:
+        of = sight.of_pages()
+        mask_PS, bias_PNS = visible(of, window)[:, 0], None if bias is None else bias(distance(of))[:, :, 0]
+        out = _attend_pages(q_BTKGH[sight.pages.owner, 0], k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), mask_PS,
+                            sight.pages.table, scale, cap, bias_PNS)  # fmt: skip
+        return out.astype(v_BSKH.dtype).reshape(B, T, N, H)
     chunk = CHUNK if sight.cursor is None else T
     how, out = _attend_alone if sight.alone else _attend, []
     for start in range(0, T, chunk):

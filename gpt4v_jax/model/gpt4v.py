@@ -115,12 +115,10 @@ class GPT4V(nn.Module):
             step = jnp.cumsum(batch.ar, axis=1)
             sight, alone = attention.within(batch.document, step, self.layout.reach), False
         else:
-            cursor = cache.cursor
-            alone = jnp.ndim(cursor) > 0  # rows that others come and go beside
+            place, alone = cache.place, jnp.ndim(cache.cursor) > 0  # rows that others come and go beside
             step, index, cache = attention.extend(cache, batch)
-            sight = attention.Sight(
-                batch.document, step, cache.document, cache.step, index, cache.index, cursor=cursor, alone=alone
-            )
+            sight = attention.Sight(batch.document, step, cache.document, cache.step, index, cache.index, cursor=place,
+                                    alone=alone, pages=cache.pages)  # fmt: skip
 
         segments = [self.text(batch, step)]
         for name in self.layout.media:

@@ -1,34 +1,33 @@
 """Continuous batching (Yu et al. 2022, Orca): requests share the rows of one cache, each for as long as it lasts.
 
-One thread owns the device. Each turn of it reads one chunk of the next prompt, and one token for every row in use. How
-many rows are in use changes neither shapes nor programs: an answer does not depend on who else is there. Nor may one
-user's prompts hold up the others' answers for long: SHARE.
+One thread owns the device. Each turn of it reads one chunk of the next prompt, and one token for every row in use. An
+answer does not depend, to the bit, on who else is there. Nor may one user's prompts hold up the others' answers for
+long: SHARE.
 """
 
 import collections
+import concurrent.futures
 import itertools
 import logging
-import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from gpt4v_jax import config
 from gpt4v_jax.data.transforms import BadMedium
-from gpt4v_jax.generate import constrain, decode, prompts, sample
+from gpt4v_jax.generate import constrain, decode, prompts
 from gpt4v_jax.model import attention
 from gpt4v_jax.serve import prefix
+from gpt4v_jax.serve import rows as rows_lib
 from gpt4v_jax.serve import slots as slots_lib
 from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
 from gpt4v_jax.training.workdir import Trained
 
-DRAWN = sample.Sampling(1.0)
 SHARE = 0.25  # of the time may go to chunks of one user's prompts, while others' rows go on and nobody else waits
 LONGEST_PAUSE = 8.0  # seconds: of a chunk that takes more than a quarter of it most have been compiled
-LEAST = 128  # slots of the cache's rows; half as many more, and again, where a row needs them
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +65,20 @@ class Engine:
         config.at_least(1, slots=slots, queued=queued)
         if not trained.run.model.causal:
             raise config.InputError("this model's stream is bidirectional: it fills in masked tokens, nothing more")
-        self.trained, self.rows, self.queued = trained, slots, queued
+        self.trained, self.slots, self.queued = trained, slots, queued
         # A chunk is padded by less than BUCKET. Whole blocks: attention would else copy all of a cache to make it so.
         self.longest = decode.rounded(trained.layout.context + decode.BUCKET, attention.BLOCK)
         self.prefixes = prefix.Prefixes(prefix_bytes)
         self.counts = collections.Counter()  # of what has ended, by finish; tokens; prompt_tokens; steps; chunks
         self._waiting: dict[str, collections.deque[Ticket]] = {}  # by user, whose turn it is first
-        self._live: list[Ticket | None] = [None] * slots
+        self._rows = rows_lib.Rows(trained, slots)
         self._filling: tuple[Ticket, Iterator] | None = None
         self._pause = "", 0.0  # whose chunk was read last, and until when the next one of the same user waits
         self._lock = threading.Condition()
         self._closing: float | None = None  # when what runs is cut
-        self._state, self._rules_of, self._rules = None, None, {}
+        self._rules_of, self._rules = None, {}
         self._old: attention.Cache | None = None  # which the last prompt was read into
+        self._work: list[tuple[Callable[[], None], concurrent.futures.Future]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -117,13 +117,13 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return sum(ticket is not None for ticket in self._live) + (self._filling is not None)
+        return len(self._rows.live) + (self._filling is not None)
 
     def stats(self) -> dict[str, float]:
         """-> what is to be watched: gauges by name, and counts that only grow, which end in _total."""
         ended = {f"finish_{name}_total": n for name, n in self.counts.items() if not name.endswith("_total")}
         counts = {name: n for name, n in self.counts.items() if name.endswith("_total")}
-        gauges = {"waiting": self.waiting, "running": self.running, "slots": self.rows}
+        gauges = {"waiting": self.waiting, "running": self.running, "slots": self.slots}
         of = self.prefixes
         known = {"prefix_bytes": of.bytes, "prefix_positions_total": of.asked, "prefix_hits_total": of.hits}
         return gauges | known | counts | ended
@@ -136,17 +136,30 @@ class Engine:
         self._thread.join(seconds + 5)
 
     def warm(self) -> Iterator[str]:
-        """Compiles what texts will need, before there are any: yields what it compiles. Left are small programs:
-        other laws of choosing, and caches that grow or shrink by several sizes at once."""
-        context = self.trained.layout.context
-        longest = [(f"{size} slots", min(size, context) - 1) for size in self._sizes()]
-        for name, length in [("short prompts", 1), *longest]:
-            yield f"decoding with {name}"
-            for sampling in (decode.GREEDY, DRAWN):  # the second time the prompt is remembered
+        """Compiles what texts will need, before there are requests: yields what it compiles. Left are small programs:
+        other laws of choosing, and pages that grow or shrink by several sizes at once."""
+        for name, length in (("short prompts", 1), ("long prompts", self.trained.layout.context - 1)):
+            yield name
+            for sampling in (decode.GREEDY, rows_lib.DRAWN):  # the second time the prompt is remembered
                 over = threading.Event()
                 self.submit(Request(prompts.plain([0] * length), None, 1, sampling),
                             lambda delta, over=over: delta.finish and over.set())  # fmt: skip
                 over.wait()
+        yield "fewer rows"
+        self._do(self._rows.find_sizes)
+        for name, work in self._rows.compile(self.longest):
+            yield name
+            self._do(work)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Between two turns, in the thread that knows the mesh."""
+        done = concurrent.futures.Future()
+        with self._lock:
+            if self._closing is not None:
+                raise Busy("the server is closing", 5.0)
+            self._work.append((work, done))
+            self._lock.notify()
+        done.result()
 
     # ---- the thread
 
@@ -156,41 +169,48 @@ class Engine:
 
     def _patience(self) -> float:
         """-> seconds after which there may be room."""
-        return min(1.0 + self.waiting / self.rows, 30.0)
+        return min(1.0 + self.waiting / self.slots, 30.0)
 
     def _run(self) -> None:
         if self.trained.mesh is not None:
             jax.set_mesh(self.trained.mesh)  # a thread has its own
         while True:
             with self._lock:
-                while not (self._waiting or self._filling or any(self._live) or self._closing is not None):
+                while self._closing is None and not (self._work or self._waiting or self._filling or self._rows.live):
                     self._lock.wait()
+                work, self._work = self._work, []
                 if self._closing is not None:
                     self._drop_waiting("cancelled")
-                    if time.monotonic() > self._closing or not (self._filling or any(self._live)):
+                    if time.monotonic() > self._closing or not (self._filling or self._rows.live):
                         break
+            for do, done in work:
+                try:
+                    done.set_result(do())
+                except Exception as error:
+                    done.set_exception(error)
             try:
                 self._turn()
             except Exception:  # what one request has done must not end the others' for good
                 log.exception("the engine's turn failed: all that ran is ended")
                 self._end_all("error", "the server failed; try again")
-                self._state = None
+        for _, done in work:
+            done.cancel()
         self._end_all("cancelled")
 
     def _turn(self) -> None:
         now = time.monotonic()
         self._end_overdue(now)
-        if self._filling is None and None in self._live:
+        if self._filling is None and len(self._rows.live) < self.slots:
             self._begin_next()
         if self._filling is not None and not self._paced():
             self._fill()
-        if any(self._live):
+        if self._rows.live:
             self._step()
 
     def _end_overdue(self, now: float) -> None:
-        for row, ticket in enumerate(self._live):
+        for row, ticket in enumerate(self._rows.who):
             if ticket and (why := ticket.over(now)):
-                self._live[row] = None
+                self._rows.leave(row)
                 self._end(ticket, why)
         if self._filling and (why := self._filling[0].over(now)):
             ticket, self._filling = self._filling[0], None
@@ -250,17 +270,17 @@ class Engine:
             return False
         with self._lock:
             others_wait = any(other != user for other in self._waiting)
-        return not others_wait and any(t and t.request.user != user for t in self._live)
+        return not others_wait and any(t.request.user != user for t in self._rows.live)
 
     def _fill(self) -> None:
         ticket, chunks = self._filling
         user = ticket.request.user
-        others = any(t and t.request.user != user for t in self._live)
+        others = any(t.request.user != user for t in self._rows.live)
         if others:
-            jax.block_until_ready(self._state.cache.cursor)  # their step is none of this chunk's time
+            jax.block_until_ready(self._rows.state.cache.cursor)  # their step is none of this chunk's time
         began = time.monotonic()
         try:
-            logits, cache, ticket.cached = next(chunks)
+            hidden, cache, ticket.cached = next(chunks)
         except (config.InputError, BadMedium) as error:
             self._filling = None
             return self._end(ticket, "unreadable" if isinstance(error, BadMedium) else "error", str(error))
@@ -268,59 +288,31 @@ class Engine:
         if others:
             jax.block_until_ready(cache.cursor)
             self._pause = user, began + min((time.monotonic() - began) / SHARE, LONGEST_PAUSE)
-        if logits is not None:
-            self._admit(ticket, logits, cache)
+        if hidden is not None:
+            r, more = ticket.request, self.waiting
+            self._rows.seat(ticket, r.prompt, hidden, cache, r.seed, min(more, self.slots - len(self._rows.live) - 1))
             self._filling, self._old = None, cache
-
-    def _admit(self, ticket: Ticket, logits, cache) -> None:
-        row, prompt = self._live.index(None), ticket.request.prompt
-        state = self._state or slots_lib.empty(self.trained.model, self.rows, LEAST, self.longest)
-        memory = cache.memory_parts[0].shape[1]
-        had = state.cache.memory_parts[0].shape[1] if any(self._live) else 0
-        memory = max(had, 2 ** math.ceil(math.log2(memory)) if memory else 0)
-        state = slots_lib.resized(state, self._size(ticket), memory)
-        tokens = np.zeros(self.longest, np.int32)
-        tokens[: len(prompt)] = prompt.tokens
-        key = jax.random.key(ticket.request.seed % 2**32)
-        self._state = slots_lib.admit(state, row, logits, cache, tokens, len(prompt), key)
-        self._live[row] = ticket
-
-    def _sizes(self) -> Iterator[int]:
-        """-> how many slots rows may have. Attention takes time by this number, so it follows the longest row."""
-        most = decode.rounded(self.trained.layout.context, attention.BLOCK)
-        sizes = (n for k in itertools.count() for n in (LEAST * 2**k, LEAST * 2**k * 3 // 2))
-        return itertools.chain(itertools.takewhile(lambda n: n < most, sizes), [most])
-
-    def _size(self, *more: Ticket) -> int:
-        """-> the least one in which each row has room for a token."""
-        need = max(len(t.request.prompt) + len(t.tokens) + 1 for t in (*self._live, *more) if t)
-        return next(size for size in self._sizes() if size >= need)
 
     def _step(self) -> None:
         """The next token of every row. The device computes on while the texts are looked at here."""
-        live, trained = [t for t in self._live if t], self.trained
-        vocab = trained.run.model.vocab
-        samplings = tuple(t.request.sampling if t else decode.GREEDY for t in self._live)
+        self._rows.prepare()
+        live, rows, vocab = self._rows.live, self._rows.who, self.trained.run.model.vocab
+        samplings = tuple(t.request.sampling if t else decode.GREEDY for t in rows)
         if samplings != self._rules_of:
             self._rules_of, self._rules = samplings, slots_lib.rules_of(samplings, vocab)
         allowed = None
         if any(t.matcher for t in live):
-            allowed = constrain.masks([t.matcher if t else None for t in self._live], vocab)
+            allowed = constrain.masks([t.matcher if t else None for t in rows], vocab)
         most = MOST_LOGPROBS if any(t.request.logprobs is not None for t in live) else None
-        size, memory = (x.shape[1] for x in (self._state.cache.document, self._state.cache.memory_parts[0]))
-        if self._size() > size:
-            self._state = slots_lib.resized(self._state, self._size(), memory)
-        told = slots_lib.choose(self._state, self._rules, allowed, trained.tokenizer.ends, most)
-        self._state = slots_lib.advance(trained.model, trained.params, self._state, told.tokens)
-        told = jax.tree.map(np.asarray, told)
+        told = jax.tree.map(np.asarray, self._rows.step(self._rules, allowed, most))
         self.counts["steps_total"] += 1
-        for row, ticket in enumerate(self._live):
-            if ticket and self._told(ticket, jax.tree.map(lambda x, row=row: x[row], told)):
-                self._live[row] = None
+        for row, ticket in enumerate(rows):
+            if ticket and self._told(ticket, told, row):
+                self._rows.leave(row)
 
-    def _told(self, ticket: Ticket, told: decode.Told) -> bool:
+    def _told(self, ticket: Ticket, told: decode.Told, row: int) -> bool:
         """Tells what is new of an answer -> whether it has ended."""
-        r, token = ticket.request, int(told.tokens)
+        r, token = ticket.request, int(told.tokens[row])
         ticket.tokens.append(token)
         complete = False
         if ticket.matcher and token >= 0:
@@ -336,9 +328,9 @@ class Engine:
             more["tokens"] = (token,)
             self.counts["tokens_total"] += 1
         if r.logprobs is not None and token >= 0:
-            top = decode.pairs(told.top[None, : r.logprobs], told.top_logprobs[None, : r.logprobs])
-            of = {"logprobs": (float(told.logprobs),), "top": top}
-            more |= of if said else {"end": ((token, *of["logprobs"], *top),)}
+            best, logprob = (slice(row, row + 1), slice(r.logprobs)), float(told.logprobs[row])
+            top = decode.pairs(told.top[best], told.top_logprobs[best])
+            more |= {"logprobs": (logprob,), "top": top} if said else {"end": ((token, logprob, *top),)}
         if new or more or finish:
             self._tell(ticket, Delta(new, finish=finish, cached=ticket.cached, **more))
         if finish:
@@ -364,8 +356,9 @@ class Engine:
             self._end(ticket, finish)
 
     def _end_all(self, finish: str, error: str = "") -> None:
-        running = [t for t in self._live if t] + ([self._filling[0]] if self._filling else [])
-        self._live, self._filling = [None] * self.rows, None
+        running = self._rows.live + ([self._filling[0]] if self._filling else [])
+        self._rows.clear()
+        self._filling = None
         for ticket in running:
             self._end(ticket, finish, error)
 

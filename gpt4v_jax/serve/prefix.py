@@ -2,7 +2,7 @@
 
 A prompt is always read in the same chunks, whether the first of them are remembered or not, and each is computed with
 the same shapes from the same values: so an answer is the same to the bit with the cache and without it. A prompt that
-is remembered to its end, logits and all, is not read again: other answers to it (n, a retry) begin at once.
+is remembered to its end is not read again: other answers to it (n, a retry) begin at once.
 """
 
 import collections
@@ -106,27 +106,21 @@ def _emptied(model: GPT4V, k, v, used) -> attention.Cache:
     return attention.empty_cache(model.config.decoder, 1, slots, model.config.axes).replace(k=k, v=v)
 
 
-def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Cache, last: bool):
-    """-> (logits [1,V] behind the chunk, zeros unless it is the last one; the cache with it: its padding is written
-    over by what comes next)."""
+def read_chunk(model: GPT4V, params, batch: batch_lib.Batch, cache: attention.Cache):
+    """-> (hidden [1,D] of its last position, the cache with the chunk: its padding is written over by what comes
+    next)."""
     memory = cache.memory, cache.memory_parts  # grows, so that its buffers are of no use
-    return _read(model, params, batch, memory, cache.replace(memory=(), memory_parts=()), last)
+    return _read(model, params, batch, memory, cache.replace(memory=(), memory_parts=()))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model: GPT4V, params, batch: batch_lib.Batch, memory, cache: attention.Cache, last):
+def _read(model: GPT4V, params, batch: batch_lib.Batch, memory, cache: attention.Cache):
     before, count = cache.cursor, jnp.sum(batch.document > 0)
     # With a cursor of its own a row reads only such blocks of the cache as are in use: attention.Sight.alone.
     cache = cache.replace(memory=memory[0], memory_parts=memory[1], cursor=before[None])
     hidden, cache, _ = model.apply({"params": params}, batch, cache)
     hidden = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    # Not static: that would be another program for each shape.
-    logits = jax.lax.cond(last, lambda: model.apply({"params": params}, hidden, method="logits"),
-                          lambda: jnp.zeros((1, model.config.vocab)))  # fmt: skip
-    return logits, cache.replace(cursor=before + count)
-
-
-IN_SLOTS = ("k", "v", "document", "step", "index")  # of attention.Cache: a value for each slot
+    return hidden, cache.replace(cursor=before + count)
 
 
 @functools.partial(jax.jit, static_argnames="width")
@@ -136,7 +130,7 @@ def _taken(cache: attention.Cache, start, width: int) -> attention.Cache:
     def take(x):
         return jax.lax.dynamic_slice_in_dim(x, start, width, axis=attention.slots(x))
 
-    added = {name: jax.tree.map(take, getattr(cache, name)) for name in IN_SLOTS}
+    added = {name: jax.tree.map(take, getattr(cache, name)) for name in attention.IN_SLOTS}
     return jax.tree.map(jnp.copy, cache).replace(**added)  # copies: the cache is donated to what reads the next chunk
 
 
@@ -145,15 +139,15 @@ def _put(cache: attention.Cache, part: attention.Cache, start) -> attention.Cach
     def put(x, new):
         return attention.entered(x, new, start)
 
-    whole = {name: jax.tree.map(put, getattr(cache, name), getattr(part, name)) for name in IN_SLOTS}
+    whole = {name: jax.tree.map(put, getattr(cache, name), getattr(part, name)) for name in attention.IN_SLOTS}
     return jax.tree.map(jnp.copy, part).replace(**whole)
 
 
 class Part(NamedTuple):
-    """What a chunk has left: what _taken gives, and the logits [1,V] behind the last chunk of a prompt."""
+    """What a chunk has left: what _taken and read_chunk give."""
 
     cache: attention.Cache
-    logits: jax.Array | None
+    hidden: jax.Array
 
 
 class Prefixes:
@@ -163,13 +157,11 @@ class Prefixes:
         self._known: collections.OrderedDict[bytes, Part] = collections.OrderedDict()
         self.most, self.bytes, self.hits, self.asked = most_bytes, 0, 0, 0  # hits, asked: in positions
 
-    def get(self, chunk: Chunk, last: bool) -> Part | None:
-        """last: the prompt ends with it, so that logits are needed."""
+    def get(self, chunk: Chunk) -> Part | None:
         self.asked += chunk.stop - chunk.start
         part = self._known.get(chunk.key)
-        if part is None or last and part.logits is None:
-            return None
-        self.hits += chunk.stop - chunk.start
+        if part is not None:
+            self.hits += chunk.stop - chunk.start
         return part
 
     def touch(self, keys: Sequence[bytes]) -> None:
@@ -182,8 +174,6 @@ class Prefixes:
         size = _bytes(part)
         if size > self.most:
             return
-        if chunk.key in self._known:  # without logits: it was no prompt's last one
-            self.bytes -= _bytes(self._known.pop(chunk.key))
         self._known[chunk.key] = part
         self.bytes += size
         while self.bytes > self.most:
@@ -196,9 +186,9 @@ def _bytes(part: Part) -> int:
 
 def filled(trained: Trained, document: chat.Document, read: prompts.Read | None, slots: int, prefixes: Prefixes,
            old: attention.Cache | None = None) -> Iterator[tuple[jax.Array | None, attention.Cache, int]]:  # fmt: skip
-    """Reads a prompt, a chunk a step -> (logits [1,V] once all is read, else None; a cache of so many slots; how many
-    positions were remembered). slots: room for the longest prompt and BUCKET more, for a chunk is padded. old: a cache
-    that this has given before and that nobody needs any more."""
+    """Reads a prompt, a chunk a step -> (hidden [1,D] of its end once all is read, else None; a cache of so many slots;
+    how many positions were remembered). slots: room for the longest prompt and BUCKET more, for a chunk is padded. old:
+    a cache that this has given before and that nobody needs any more."""
     if old is None:
         cache = empty(trained.model, 1, slots)
     else:
@@ -207,17 +197,16 @@ def filled(trained: Trained, document: chat.Document, read: prompts.Read | None,
     for chunk in chunks(document, read, trained.layout):
         last = chunk.stop == len(document)
         keys.append(chunk.key)
-        part = prefixes.get(chunk, last)
+        part = prefixes.get(chunk)
         if part is not None:
             cache, remembered = _put(cache, part.cache, chunk.start), remembered + chunk.stop - chunk.start
-            logits = part.logits
+            hidden = part.hidden
         else:
             model = trained.model.clone(layout=chunk.layout)
-            logits, cache = read_chunk(model, trained.params, chunk.batch, cache, last)
+            hidden, cache = read_chunk(model, trained.params, chunk.batch, cache)
             if prefixes.most:
-                taken = _taken(cache, chunk.start, chunk.batch.tokens.shape[1])
-                prefixes.put(chunk, Part(taken, logits if last else None))
+                prefixes.put(chunk, Part(_taken(cache, chunk.start, chunk.batch.tokens.shape[1]), hidden))
         if last:
             prefixes.touch(keys[::-1])  # what others, too, begin with is worth more than how this one ends
         if last or part is None:
-            yield logits if last else None, cache, remembered
+            yield hidden if last else None, cache, remembered

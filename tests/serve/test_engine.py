@@ -13,8 +13,10 @@ from gpt4v_jax import config
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.data.transforms import BadMedium
 from gpt4v_jax.generate import constrain, decode, prompts, sample
+from gpt4v_jax.model import attention
 from gpt4v_jax.serve import engine as engine_lib
 from gpt4v_jax.serve import prefix
+from gpt4v_jax.serve import rows as rows_lib
 from gpt4v_jax.serve import slots as slots_lib
 from gpt4v_jax.serve.engine import Engine
 from gpt4v_jax.serve.requests import Busy, Request
@@ -76,9 +78,10 @@ def running(trained):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Prompts of a few positions have several chunks, and caches grow."""
+    """Prompts of a few positions have several chunks, texts several pages, and caches grow."""
     monkeypatch.setattr(prefix, "CHUNK", 3)
-    monkeypatch.setattr(engine_lib, "LEAST", 8)
+    monkeypatch.setattr(slots_lib, "PAGE", 8)
+    monkeypatch.setattr(rows_lib, "LEAST", 2)
 
 
 def requests(trained) -> list[Request]:
@@ -174,9 +177,9 @@ def test_a_cache_that_was_used_is_as_new(trained, monkeypatch, length):
     longest, begun, read = trained.layout.context + decode.BUCKET, [], prefix.read_chunk
     assert longest % prefix.CHUNK
 
-    def noted(model, params, batch, cache, last):
+    def noted(model, params, batch, cache):
         begun.append(jax.tree.map(np.array, cache))
-        return read(model, params, batch, cache, last)
+        return read(model, params, batch, cache)
 
     def filled(document, old=None):
         begun.clear()
@@ -284,7 +287,7 @@ def test_prompts_of_one_user_take_a_share_of_the_others_time(trained, monkeypatc
 
 
 def test_a_prompt_known_to_its_end_is_not_read_again(trained, monkeypatch):
-    """Neither its chunks nor its logits, and other prompts that go on with it or end within it are their own."""
+    """And other prompts that go on with it or end within it are their own."""
     engine, read, count = Engine(trained, slots=2), prefix.read_chunk, []
     monkeypatch.setattr(prefix, "read_chunk", lambda *given: (count.append(1), read(*given))[1])
     whole = prompts.plain(list(range(3, 12)))  # three chunks
@@ -293,8 +296,7 @@ def test_a_prompt_known_to_its_end_is_not_read_again(trained, monkeypatch):
     found = [together(engine, [request])[0] for request in asked]
     engine.close()
     assert found[1] == found[0]._replace(cached=9) and found[3] == found[2]._replace(cached=6)
-    # The second chunk was read once without logits, for it was not the last one, and once with.
-    assert len(count) == 4 and found[2].cached == 3 and engine.stats()["chunks_total"] == 4
+    assert len(count) == 3 and found[2].cached == 6 and engine.stats()["chunks_total"] == 3
     known = engine.prefixes._known
     assert engine.prefixes.bytes == sum(x.nbytes for x in jax.tree.leaves(list(known.values()))) and len(known) == 3
 
@@ -517,18 +519,22 @@ def test_stats_add_up(trained):
 
 def test_warm_compiles_what_texts_need(trained):
     engine = Engine(trained, slots=2)
-    assert len(list(engine.warm())) == 1 + len(list(engine._sizes())) > 2
-    made = [f._cache_size() for f in (prefix._read, prefix._put, slots_lib.choose, slots_lib.advance)]
+    list(engine.warm())
+    programs = (prefix._read, prefix._put, slots_lib._chosen, slots_lib.advance, slots_lib._pasted, slots_lib._seated,
+                slots_lib._cleared, slots_lib._repaged, slots_lib._reseated)  # fmt: skip
+    made = [f._cache_size() for f in programs]
     for n in (1, 3, 9):
         for sampling in (sample.Sampling(), DRAWN):
             together(engine, [Request(prompts.plain([5] * n), None, 12, sampling)] * 2)
     engine.close()
-    assert made == [f._cache_size() for f in (prefix._read, prefix._put, slots_lib.choose, slots_lib.advance)]
+    assert made == [f._cache_size() for f in programs]
 
 
 def test_idle_rows_stay_finite(trained):
     """Rows that nobody has go on; what they hold must not become NaN, which 0 times something is, too."""
-    state = slots_lib.empty(trained.model, 2, 8, 8)
+    state = slots_lib.empty(trained.model, 2, 2, 8)
+    table = np.array([[0], [attention.NOBODY]], np.int32)
     for _ in range(20):
-        state = slots_lib.advance(trained.model, trained.params, state, jnp.array([3, -1]))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.logits, state.cache)))
+        state = slots_lib.advance(trained.model, trained.params, state, jnp.array([3, -1]), table)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.hidden, state.cache)))
+    assert not state.cache.k[0][1].any()  # a row without pages writes nowhere

@@ -1,0 +1,215 @@
+"""Who has which row and which pages of serve.slots, and how many of both a step has."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt4v_jax import config
+from gpt4v_jax.data import chat
+from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.model import attention
+from gpt4v_jax.serve import prefix, slots
+from gpt4v_jax.serve.requests import MOST_LOGPROBS
+from gpt4v_jax.training.workdir import Trained
+
+LEAST = 8  # pages; half as many more, and again, where rows need them
+ROW = 4  # pages that a step reads in the time that one row more takes it, roughly
+COPY = 6  # and in the time that one page takes to be moved
+DRAWN = sample.Sampling(1.0)
+
+
+@dataclasses.dataclass
+class Seat:
+    """A row that somebody has."""
+
+    who: Any
+    length: int  # slots in use
+    pages: list[int]
+
+
+class Rows:
+    """At most `most` rows, of one model. It belongs to one thread."""
+
+    def __init__(self, trained: Trained, most: int):
+        self.trained, self.most = trained, most
+        self.blocks = -(-trained.layout.context // slots.PAGE)  # pages of the longest row
+        self.sizes = [most]  # numbers of rows of which each gives a row the same bits: find_sizes finds more
+        self.clear()
+
+    def clear(self) -> None:
+        self.seats: list[Seat | None] = []
+        self.state: slots.State | None = None
+        self._vain = 0  # pages that steps have read and need not have
+
+    @property
+    def who(self) -> list:
+        """-> who has each row, or None."""
+        return [seat and seat.who for seat in self.seats]
+
+    @property
+    def live(self) -> list:
+        """-> who has a row."""
+        return [seat.who for seat in self.seats if seat]
+
+    @property
+    def pages(self) -> int:
+        return self.state.cache.document.shape[0] if self.state else 0
+
+    @property
+    def memory(self) -> int:
+        return self.state.cache.memory_parts[0].shape[1] if self.state else 0
+
+    def page_sizes(self) -> list[int]:
+        """-> how many pages there may be: few numbers, for each is a program."""
+        most = self.most * self.blocks
+        sizes = (n for k in itertools.count() for n in (LEAST * 2**k, LEAST * 2**k * 3 // 2) if n != LEAST * 3 // 2)
+        return [*itertools.takewhile(lambda n: n < most, sizes), most]
+
+    def leave(self, row: int) -> None:
+        self.seats[row] = None
+
+    def seat(self, who, prompt: chat.Document, hidden, cache: attention.Cache, seed: int, more: int = 0) -> None:
+        """Gives a row to a request whose prompt is read, as prefix.filled does. more: how many come behind it."""
+        need, read = len(prompt) // slots.PAGE + 1, cache.memory_parts[0].shape[1]  # a page for the next token, too
+        self._fit(1 + more, need * (1 + more), 1 << (read - 1).bit_length() if read else 0)
+        row, given = self.seats.index(None), self._unused()[:need]
+        self.seats[row] = Seat(who, len(prompt), given)
+        tokens = np.zeros(self.state.past.tokens.shape[1], np.int32)
+        tokens[: len(prompt)] = prompt.tokens
+        key = jax.random.key(seed % 2**32)
+        self.state = slots.admit(
+            self.state, row, _listed(given, self.blocks), hidden, cache, tokens, len(prompt), key
+        )
+
+    def prepare(self) -> None:
+        """Makes room for a token in every row. It may change which rows there are."""
+        full = [seat for seat in self.seats if seat and seat.length // slots.PAGE >= len(seat.pages)]
+        self._fit(0, len(full))
+        given = self._unused()[: len(full)]
+        for seat, page in zip(full, given, strict=True):
+            seat.pages.append(page)
+        if given:
+            self.state = slots.cleared(self.state, _listed(given, self.most))
+
+    def step(self, rules: sample.Rules, allowed=None, logprobs: int | None = None) -> decode.Told:
+        """-> the next token of each row; the device computes on. rules, allowed: of the rows that `prepare` left."""
+        model, params = self.trained.model, self.trained.params
+        told = slots.choose(model, params, self.state, rules, allowed, self.trained.tokenizer.ends, logprobs)
+        table = np.stack([_listed(seat.pages if seat else [], self.blocks) for seat in self.seats])
+        self.state = slots.advance(model, params, self.state, told.tokens, table)
+        for seat in self.seats:
+            if seat:
+                seat.length += 1
+        return told
+
+    def _unused(self) -> list[int]:
+        used = {page for seat in self.seats if seat for page in seat.pages}
+        return [page for page in range(self.pages) if page not in used]
+
+    def _fit(self, more_rows: int, more_pages: int, memory: int | None = None) -> None:
+        """Grows at once where it must; shrinks when steps have read in vain for as long as it takes to move the rest.
+
+        memory: of who comes; None: nobody does.
+        """
+        seats, had = [seat for seat in self.seats if seat], (len(self.seats), self.pages, self.memory)
+        need = sum(len(seat.pages) for seat in seats) + more_pages
+        pages = next(n for n in self.page_sizes() if n >= need)
+        rows = next((n for n in self.sizes if n >= len(seats) + more_rows), self.most)
+        goal = rows, pages, max(memory or 0, self.memory if seats else 0)
+        if seats:
+            if (least := tuple(map(max, goal, had))) != had:
+                goal = least
+            elif memory is None:
+                vain = ROW * (had[0] - rows) + had[1] - pages
+                self._vain = self._vain + vain if vain else 0
+                if self._vain <= COPY * pages:
+                    return
+            else:
+                return
+        if goal != had:
+            self._move(*goal)
+
+    def _move(self, rows: int, pages: int, memory: int) -> None:
+        if self.state is None:
+            self.state = slots.empty(self.trained.model, rows, pages, self.trained.layout.context)
+        kept = [(row, seat) for row, seat in enumerate(self.seats) if seat]
+        of_rows = np.array([row for row, _ in kept] + [0] * (rows - len(kept)), np.int32)
+        of_pages = _listed([page for _, seat in kept for page in seat.pages], pages)
+        self.state = slots.moved(self.state, of_rows, of_pages, memory)
+        numbers = itertools.count()
+        for _, seat in kept:
+            seat.pages = list(itertools.islice(numbers, len(seat.pages)))
+        self.seats, self._vain = [seat for _, seat in kept] + [None] * (rows - len(kept)), 0
+
+    # ---- before there are requests
+
+    def find_sizes(self) -> None:
+        """Of numbers of rows those that can be taken for one another: `sizes`."""
+        powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
+        self.sizes = [*(rows for rows in powers if self._same_bits(rows)), self.most]
+
+    def compile(self, slots_read: int) -> Iterator[tuple[str, Callable[[], None]]]:
+        """-> what is to be compiled for each number of rows and of pages, and what compiles it. slots_read: of the
+        caches that prefix.filled gives."""
+        sizes = self.page_sizes()
+        for rows in self.sizes:
+            most = next(n for n in sizes if n >= rows * self.blocks)
+            for i, pages in enumerate(n for n in sizes if n <= most):
+                beside = sizes[max(i - 1, 0) : i + 2]
+                yield f"{rows} rows with {pages} pages", lambda of=(rows, pages, beside, slots_read): self._compile(*of)
+
+    def _compile(self, rows: int, pages: int, beside: Sequence[int], slots_read: int) -> None:
+        model, tokens = self.trained.model, np.zeros(self.trained.layout.context, np.int32)
+        hidden, cache = jnp.zeros((1, model.config.backbone.width)), prefix.empty(model, 1, slots_read)
+        state = self._stepped(slots.empty(model, rows, pages, len(tokens)), [DRAWN, decode.GREEDY])[1]
+        state = slots.admit(state, 0, _listed([0], self.blocks), hidden, cache, tokens, 1, jax.random.key(0))
+        state = slots.cleared(state, _listed([0], self.most))
+        for n in beside:
+            for other in self.sizes:
+                slots.moved(state, np.zeros(other, np.int32), _listed([0], n), 0)
+
+    def _same_bits(self, rows: int) -> bool:
+        """Whether so few rows have the bits that they have among all: XLA multiplies some numbers of rows otherwise,
+        and on another machine others."""
+        config_of, drawn = self.trained.model.config, np.random.default_rng(0)
+        pages = next(n for n in self.page_sizes() if n >= self.most)
+        memory = attention.BLOCK if config_of.decoder.count(*config.READS) else 0
+
+        def noise(x):
+            return jnp.asarray(drawn.standard_normal(x.shape), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        def of(state, n):
+            return slots.moved(state, np.arange(n, dtype=np.int32), np.arange(pages, dtype=np.int32), memory)
+
+        state = slots.empty(self.trained.model, self.most, pages, self.trained.layout.context)
+        state = jax.tree.map(noise, of(state, self.most))
+        c = state.cache
+        parts = (jnp.ones_like(c.memory_parts[0]), *c.memory_parts[1:])
+        state = state.replace(cache=c.replace(
+            document=jnp.ones_like(c.document), cursor=c.cursor + slots.PAGE // 2, memory_parts=parts
+        ))  # fmt: skip
+        laws = [decode.GREEDY, DRAWN, DRAWN]
+        found = [self._stepped(of(state, n), laws, MOST_LOGPROBS) for n in (rows, self.most)]
+        few, whole = (jax.tree.leaves((told, state.hidden)) for told, state in found)
+        return all(np.array_equal(x, y[:rows]) for x, y in zip(few, whole, strict=True))
+
+    def _stepped(self, state: slots.State, laws, logprobs: int | None = None):
+        """-> (what is told of steps by these laws, the state behind them); row r has page r."""
+        model, params, told = self.trained.model, self.trained.params, []
+        n = len(state.hidden)
+        table = np.stack([_listed([row], self.blocks) for row in range(n)])
+        for law in laws:
+            rules = slots.rules_of([law] * n, model.config.vocab)
+            told.append(slots.choose(model, params, state, rules, None, self.trained.tokenizer.ends, logprobs))
+            state = slots.advance(model, params, state, told[-1].tokens, table)
+        return told, state
+
+
+def _listed(pages: Sequence[int], n: int) -> np.ndarray:
+    """-> int32 [n], attention.NOBODY behind the pages."""
+    return np.array([*pages, *[attention.NOBODY] * (n - len(pages))], np.int32)
