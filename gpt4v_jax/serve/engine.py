@@ -9,9 +9,10 @@ import collections
 import concurrent.futures
 import itertools
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -78,7 +79,6 @@ class Engine:
         self._closing: float | None = None  # when what runs is cut
         self._rules_of, self._rules = None, {}
         self._old: attention.Cache | None = None  # which the last prompt was read into
-        self._work: list[tuple[Callable[[], None], concurrent.futures.Future]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -145,21 +145,13 @@ class Engine:
                 self.submit(Request(prompts.plain([0] * length), None, 1, sampling),
                             lambda delta, over=over: delta.finish and over.set())  # fmt: skip
                 over.wait()
-        yield "fewer rows"
-        self._do(self._rows.find_sizes)
-        for name, work in self._rows.compile(self.longest):
-            yield name
-            self._do(work)
-
-    def _do(self, work: Callable[[], None]) -> None:
-        """Between two turns, in the thread that knows the mesh."""
-        done = concurrent.futures.Future()
-        with self._lock:
-            if self._closing is not None:
-                raise Busy("the server is closing", 5.0)
-            self._work.append((work, done))
-            self._lock.notify()
-        done.result()
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), initializer=self._enter) as threads:
+            yield "fewer rows"
+            threads.submit(self._rows.find_sizes).result()
+            works = [(name, threads.submit(work)) for name, work in self._rows.compile(self.longest)]
+            for name, work in works:
+                yield name
+                work.result()
 
     # ---- the thread
 
@@ -172,30 +164,25 @@ class Engine:
         return min(1.0 + self.waiting / self.slots, 30.0)
 
     def _run(self) -> None:
-        if self.trained.mesh is not None:
-            jax.set_mesh(self.trained.mesh)  # a thread has its own
+        self._enter()
         while True:
             with self._lock:
-                while self._closing is None and not (self._work or self._waiting or self._filling or self._rows.live):
+                while self._closing is None and not (self._waiting or self._filling or self._rows.live):
                     self._lock.wait()
-                work, self._work = self._work, []
                 if self._closing is not None:
                     self._drop_waiting("cancelled")
                     if time.monotonic() > self._closing or not (self._filling or self._rows.live):
                         break
-            for do, done in work:
-                try:
-                    done.set_result(do())
-                except Exception as error:
-                    done.set_exception(error)
             try:
                 self._turn()
             except Exception:  # what one request has done must not end the others' for good
                 log.exception("the engine's turn failed: all that ran is ended")
                 self._end_all("error", "the server failed; try again")
-        for _, done in work:
-            done.cancel()
         self._end_all("cancelled")
+
+    def _enter(self) -> None:
+        if self.trained.mesh is not None:
+            jax.set_mesh(self.trained.mesh)  # a thread has its own
 
     def _turn(self) -> None:
         now = time.monotonic()

@@ -67,7 +67,7 @@ class Rows:
     def page_sizes(self) -> list[int]:
         """-> how many pages there may be: few numbers, for each is a program."""
         most = self.most * self.blocks
-        sizes = (n for k in itertools.count() for n in (LEAST * 2**k, LEAST * 2**k * 3 // 2) if n != LEAST * 3 // 2)
+        sizes = (n for k in itertools.count() for n in (LEAST * 2**k, LEAST * 3)[: 1 + (k == 1)])
         return [*itertools.takewhile(lambda n: n < most, sizes), most]
 
     def leave(self, row: int) -> None:
@@ -149,9 +149,42 @@ class Rows:
     # ---- before there are requests
 
     def find_sizes(self) -> None:
-        """Of numbers of rows those that can be taken for one another: `sizes`."""
+        """Finds `sizes`, on the machine that this is: XLA multiplies some numbers of rows in another order."""
+        noise = self._noise()
+        whole = self._tried(noise, self.most)
+
+        def same(rows: int) -> bool:
+            return all(np.array_equal(x, y[:rows]) for x, y in zip(self._tried(noise, rows), whole, strict=True))
+
         powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
-        self.sizes = [*(rows for rows in powers if self._same_bits(rows)), self.most]
+        self.sizes = [*filter(same, powers), self.most]
+
+    def _noise(self) -> slots.State:
+        """-> a state of all rows that have read something, no matter what."""
+        model, drawn = self.trained.model, np.random.default_rng(0)
+        pages = next(n for n in self.page_sizes() if n >= self.most)
+        reads = model.config.decoder.count(*config.READS)
+        state = slots.empty(model, self.most, pages, self.trained.layout.context)
+        state = slots.moved(state, *_same(self.most, pages), attention.BLOCK if reads else 0)
+        c = state.cache
+        parts = (jnp.ones_like(c.memory_parts[0]), *c.memory_parts[1:])
+        cache = c.replace(document=jnp.ones_like(c.document), cursor=c.cursor + slots.PAGE // 2, memory_parts=parts)
+
+        def noise(x):
+            return jnp.asarray(drawn.standard_normal(x.shape), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        return jax.tree.map(noise, state.replace(cache=cache))
+
+    def _tried(self, state: slots.State, rows: int) -> list[np.ndarray]:
+        """-> what the first rows of a state tell of some steps. Row r has page r; every other one is drawn."""
+        state = slots.moved(state, *_same(rows, len(state.cache.document)), state.cache.memory_parts[0].shape[1])
+        rules = slots.rules_of([DRAWN if row % 2 else decode.GREEDY for row in range(rows)], self._vocab)
+        model, params, ends = self.trained.model, self.trained.params, self.trained.tokenizer.ends
+        table, told = np.stack([_listed([row], self.blocks) for row in range(rows)]), []
+        for _ in range(3):
+            told.append(slots.choose(model, params, state, rules, None, ends, MOST_LOGPROBS))
+            state = slots.advance(model, params, state, told[-1].tokens, table)
+        return [np.asarray(x) for x in jax.tree.leaves((told, state.hidden))]
 
     def compile(self, slots_read: int) -> Iterator[tuple[str, Callable[[], None]]]:
         """-> what is to be compiled for each number of rows and of pages, and what compiles it. slots_read: of the
@@ -166,48 +199,24 @@ class Rows:
     def _compile(self, rows: int, pages: int, beside: Sequence[int], slots_read: int) -> None:
         model, tokens = self.trained.model, np.zeros(self.trained.layout.context, np.int32)
         hidden, cache = jnp.zeros((1, model.config.backbone.width)), prefix.empty(model, 1, slots_read)
-        state = self._stepped(slots.empty(model, rows, pages, len(tokens)), [DRAWN, decode.GREEDY])[1]
+        state = slots.empty(model, rows, pages, len(tokens))
         state = slots.admit(state, 0, _listed([0], self.blocks), hidden, cache, tokens, 1, jax.random.key(0))
         state = slots.cleared(state, _listed([0], self.most))
         for n in beside:
             for other in self.sizes:
                 slots.moved(state, np.zeros(other, np.int32), _listed([0], n), 0)
+        one = Rows(self.trained, self.most)
+        one.state, one.seats = state, [Seat(None, 1, [0]), *[None] * (rows - 1)]
+        for law in (decode.GREEDY, DRAWN):
+            one.step(slots.rules_of([law] * rows, self._vocab))
 
-    def _same_bits(self, rows: int) -> bool:
-        """Whether so few rows have the bits that they have among all: XLA multiplies some numbers of rows otherwise,
-        and on another machine others."""
-        config_of, drawn = self.trained.model.config, np.random.default_rng(0)
-        pages = next(n for n in self.page_sizes() if n >= self.most)
-        memory = attention.BLOCK if config_of.decoder.count(*config.READS) else 0
+    @property
+    def _vocab(self) -> int:
+        return self.trained.run.model.vocab
 
-        def noise(x):
-            return jnp.asarray(drawn.standard_normal(x.shape), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-        def of(state, n):
-            return slots.moved(state, np.arange(n, dtype=np.int32), np.arange(pages, dtype=np.int32), memory)
-
-        state = slots.empty(self.trained.model, self.most, pages, self.trained.layout.context)
-        state = jax.tree.map(noise, of(state, self.most))
-        c = state.cache
-        parts = (jnp.ones_like(c.memory_parts[0]), *c.memory_parts[1:])
-        state = state.replace(cache=c.replace(
-            document=jnp.ones_like(c.document), cursor=c.cursor + slots.PAGE // 2, memory_parts=parts
-        ))  # fmt: skip
-        laws = [decode.GREEDY, DRAWN, DRAWN]
-        found = [self._stepped(of(state, n), laws, MOST_LOGPROBS) for n in (rows, self.most)]
-        few, whole = (jax.tree.leaves((told, state.hidden)) for told, state in found)
-        return all(np.array_equal(x, y[:rows]) for x, y in zip(few, whole, strict=True))
-
-    def _stepped(self, state: slots.State, laws, logprobs: int | None = None):
-        """-> (what is told of steps by these laws, the state behind them); row r has page r."""
-        model, params, told = self.trained.model, self.trained.params, []
-        n = len(state.hidden)
-        table = np.stack([_listed([row], self.blocks) for row in range(n)])
-        for law in laws:
-            rules = slots.rules_of([law] * n, model.config.vocab)
-            told.append(slots.choose(model, params, state, rules, None, self.trained.tokenizer.ends, logprobs))
-            state = slots.advance(model, params, state, told[-1].tokens, table)
-        return told, state
+def _same(rows: int, pages: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(rows, dtype=np.int32), np.arange(pages, dtype=np.int32)
 
 
 def _listed(pages: Sequence[int], n: int) -> np.ndarray:
