@@ -17,7 +17,7 @@ from gpt4v_jax.serve import prefix, slots
 from gpt4v_jax.serve.requests import MOST_LOGPROBS
 from gpt4v_jax.training.workdir import Trained
 
-LEAST = 8  # pages; half as many more, and again, where rows need them
+LEAST = 8  # pages; twice as many, and again, where rows need them
 ROW = 4  # pages that a step reads in the time that one row more takes it, roughly
 COPY = 6  # and in the time that one page takes to be moved
 DRAWN = sample.Sampling(1.0)
@@ -76,15 +76,13 @@ class Rows:
     def seat(self, who, prompt: chat.Document, hidden, cache: attention.Cache, seed: int, more: int = 0) -> None:
         """Gives a row to a request whose prompt is read, as prefix.filled does. more: how many come behind it."""
         need, read = len(prompt) // slots.PAGE + 1, cache.memory_parts[0].shape[1]  # a page for the next token, too
-        self._fit(1 + more, need * (1 + more), 1 << (read - 1).bit_length() if read else 0)
+        self._fit(1 + more, need + more, 1 << (read - 1).bit_length() if read else 0)
         row, given = self.seats.index(None), self._unused()[:need]
         self.seats[row] = Seat(who, len(prompt), given)
         tokens = np.zeros(self.state.past.tokens.shape[1], np.int32)
         tokens[: len(prompt)] = prompt.tokens
         key = jax.random.key(seed % 2**32)
-        self.state = slots.admit(
-            self.state, row, _listed(given, self.blocks), hidden, cache, tokens, len(prompt), key
-        )
+        self.state = slots.admit(self.state, row, _listed(given, self.blocks), hidden, cache, tokens, len(prompt), key)
 
     def prepare(self) -> None:
         """Makes room for a token in every row. It may change which rows there are."""

@@ -9,6 +9,7 @@ import pytest
 
 from gpt4v_jax import config
 from gpt4v_jax.model import attention
+from tests import tiny
 
 
 def normal(seed, *shape):
@@ -293,3 +294,65 @@ def test_alone_no_bit_depends_on_how_many_keys_there_are(rows, kv_heads, heads, 
         np.testing.assert_allclose(found[-1], plain, atol=2e-6)
     for other in found[1:]:
         np.testing.assert_array_equal(other[: max(rows - 1, 1)], found[0][: max(rows - 1, 1)])
+
+
+@pytest.mark.parametrize(("kv_heads", "heads", "width"), [(2, 4, 8), (1, 4, 32), (12, 12, 64)])
+def test_pages_no_bit_depends_on_where_they_lie(kv_heads, heads, width):
+    """Three rows, the last without pages: it is attention, over a window, with biases; and a row's bits are the same
+    wherever its pages lie, however many there are and whatever is in those of others."""
+    B, S, size, lengths = 3, 24, 8, (19, 5, 0)
+    q = normal(0, B, 1, heads, width)
+    k, v = (normal(i, B, kv_heads, S, width) for i in (1, 2))
+    at = jnp.broadcast_to(jnp.arange(S), (B, S))
+    document = (at < jnp.array(lengths)[:, None]).astype(jnp.int32)
+    one, end, table = jnp.ones((B, 1), jnp.int32), jnp.array(lengths)[:, None] - 1, normal(3, 7, heads)
+
+    def bias(behind):
+        return table[behind % 7].transpose(0, 3, 1, 2)
+
+    def attend(k, v, sight):
+        return attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), sight, cap=5.0, window=9, bias=bias)
+
+    plain = attend(k, v, attention.Sight(one, end, document, at, end, at, cursor=0))
+    found = []
+    for P, seed in ((4, 0), (4, 1), (8, 2), (32, 3)):
+        drawn = np.random.default_rng(seed)
+        own = drawn.permutation(P)[:4]
+        pages_of = np.full((B, 3), attention.NOBODY, np.int32)
+        pages_of[0], pages_of[1, 0] = own[:3], own[3]
+        owner = np.zeros(P, np.int32)
+        owner[own] = 0, 0, 0, 1
+
+        def paged(x, fill, pages_of=pages_of, P=P):
+            cut = np.split(np.asarray(x), S // size, axis=attention.slots(x))
+            new = np.array(fill, np.asarray(x).dtype)
+            for row, n in np.argwhere(pages_of < P):
+                new[pages_of[row, n]] = cut[n][row]
+            return jnp.asarray(new)
+
+        others = drawn.standard_normal((2, P, kv_heads, size, width))
+        numbers = (paged(x, np.ones((P, size))) for x in (document, at, at))
+        k_document, k_step, k_index = numbers
+        sight = attention.Sight(one, end, k_document, k_step, end, k_index, alone=True,
+                                pages=attention.Pages(jnp.asarray(pages_of), jnp.asarray(owner)))  # fmt: skip
+        found.append(np.asarray(jax.jit(attend)(paged(k, others[0]), paged(v, others[1]), sight)))
+    np.testing.assert_allclose(found[0][:2], plain[:2], atol=2e-6)
+    assert not found[0][2].any()
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_a_slot_is_entered_in_its_row_s_page():
+    """And nowhere, where the row has none."""
+    none = attention.NOBODY
+    pages = attention.Pages(jnp.array([[2, 0], [1, none], [none, none]]), jnp.zeros(3, jnp.int32))
+    cache = attention.empty_cache(tiny.make_config().decoder, 3, 4).replace(cursor=jnp.array([6, 1, 5]), pages=pages)
+    for shape in ((3, 4), (3, 2, 4, 5)):
+        x, new = normal(0, *shape), normal(1, *(1 if n == 4 else n for n in shape))
+        expected, written = np.array(x), np.array(new)
+        for row, page, slot in ((0, 0, 2), (1, 1, 1)):
+            if x.ndim == 2:
+                expected[page, slot] = written[row, 0]
+            else:
+                expected[page, :, slot] = written[row, :, 0]
+        np.testing.assert_array_equal(attention.entered(x, new, cache.place), expected)

@@ -102,8 +102,8 @@ def requests(trained) -> list[Request]:
 
 @pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention"))
 def test_an_answer_does_not_depend_on_company_or_memory(name):
-    """To the bit: all at once in three rows, twice, so that much is remembered; one by one; nothing remembered. And
-    the tokens are those of decode.generate."""
+    """To the bit: all at once in three rows, twice, so that much is remembered; one by one; nothing remembered; also
+    where a step has as few rows as are in use. And the tokens are those of decode.generate."""
     trained = make(**tiny.FUSIONS[name])
     asked = requests(trained)
     engine, forgetful = Engine(trained, slots=3), Engine(trained, slots=3, prefix_bytes=0)
@@ -116,6 +116,10 @@ def test_an_answer_does_not_depend_on_company_or_memory(name):
         return [answer._replace(cached=0) for answer in found]
 
     assert bare(first) == bare(again) == bare(alone)
+    few = Engine(trained, slots=4)
+    few._rows.find_sizes()
+    assert bare(together(few, asked)) == bare([together(few, [request])[0] for request in asked])
+    few.close()
     assert not any(answer.cached for answer in alone)
     assert [answer.cached for answer in again] == [len(request.prompt) for request in asked]
     for request, answer in zip(asked, first, strict=True):
