@@ -56,6 +56,17 @@ def test_norms():
     assert (layers.Norm("rms", 1e-6).apply({"params": {"scale": jnp.ones(4)}}, zeros) == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("width", [640, 768])
+def test_a_step_s_norm_has_the_same_bits_among_few_rows(kind, width):
+    """As among eight: what XLA sums of a few rows alone it sums otherwise."""
+    x = jax.random.normal(jax.random.key(0), (8, 1, width))
+    of = {name: jax.random.normal(jax.random.key(1), (width,)) for name in ("scale", "bias")[: 1 + (kind == "layer")]}
+    norm = jax.jit(lambda x: layers.Norm(kind, 1e-6).apply({"params": of}, x))
+    for rows in (1, 2, 4):
+        np.testing.assert_array_equal(norm(x[:rows]), norm(x)[:rows])
+
+
 @pytest.mark.parametrize("kind", ["rms", "rms_plus_one", "layer"])
 def test_a_new_norm_scales_by_one(kind):
     layer = layers.Norm(kind, 1e-6)
