@@ -269,8 +269,10 @@ def test_slots_are_entered_where_each_row_is():
 @pytest.mark.parametrize(("rows", "kv_heads", "heads", "width"), [
     (3, 2, 4, 8), (3, 4, 4, 4), (1, 2, 2, 8), (2, 1, 4, 32), (8, 1, 4, 32), (3, 12, 12, 64)
 ])  # fmt: skip
-def test_alone_no_bit_depends_on_how_many_keys_there_are(rows, kv_heads, heads, width):
-    """Of 60 keys in caches of other lengths, and beside a row that reaches further; and it is attention."""
+@pytest.mark.parametrize("biased", [True, False])
+def test_alone_no_bit_depends_on_how_many_keys_there_are(rows, kv_heads, heads, width, biased):
+    """Of 60 keys in caches of other lengths, beside a row that reaches further and one that sees nothing; and it is
+    attention."""
     q = normal(0, rows, 1, heads, width)
     k, v = (normal(i, rows, kv_heads, 60, width) for i in (1, 2))
     found, one, table = [], jnp.ones((rows, 1), jnp.int32), normal(3, 7, heads)
@@ -282,11 +284,13 @@ def test_alone_no_bit_depends_on_how_many_keys_there_are(rows, kv_heads, heads, 
     def attend(q, k, v, document, alone):
         at = jnp.broadcast_to(jnp.arange(document.shape[1]), document.shape)
         sight = attention.Sight(one, 9999 * one, document, at, 60 * one, at, cursor=60, alone=alone)
-        return attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), sight, cap=5.0, bias=bias)
+        added = bias if biased else None
+        return attention.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), sight, cap=5.0, bias=added)
 
     for slots, far in ((64, False), (100, True), (128, False), (192, True), (1024, True)):
         there = [jnp.pad(x, ((0, 0), (0, 0), (0, slots - 60), (0, 0))) for x in (k, v)]  # as a cache has them
         document = jnp.zeros((rows, slots), jnp.int32).at[:, :60].set(1).at[0, :5].set(0)
+        document = document.at[1:2].set(0) if rows > 2 else document
         if far and rows > 1:
             document = document.at[-1, slots - 1].set(1)
         found.append(np.asarray(attend(q, *there, document, True)))
