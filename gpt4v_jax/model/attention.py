@@ -308,8 +308,11 @@ def _attend_pages(q_PKGH, k_PKSH, v_PKSH, mask_PS, table_BN, scale, cap, bias_PN
         page, there = table_BN[:, n], there_BN[:, n, None, None]
         one = jnp.where(there, largest_PKG[page], MASKED)
         new = jnp.maximum(largest, one)
-        kept, more = jnp.exp(largest - new), jnp.where(there, jnp.exp(one - new), 0)
-        return new, total * kept + powers[page, ..., 0] * more, out * kept[..., None] + outs[page] * more[..., None]
+        kept, more = jnp.exp(largest - new), jnp.exp(one - new)
+        # What is not the row's is left out, not multiplied by 0: there may be NaN in it.
+        add_total = jnp.where(there, powers[page, ..., 0] * more, 0)
+        add_out = jnp.where(there[..., None], outs[page] * more[..., None], 0)
+        return new, total * kept + add_total, out * kept[..., None] + add_out
 
     B = len(table_BN)
     start = jnp.full((B, K, G), MASKED), jnp.zeros((B, K, G)), jnp.zeros((B, K, G, H))

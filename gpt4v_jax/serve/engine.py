@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import itertools
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -137,7 +136,7 @@ class Engine:
 
     def warm(self) -> Iterator[str]:
         """Compiles what texts will need, before there are requests: yields what it compiles. Left are small programs:
-        other laws of choosing, and pages that grow or shrink by several sizes at once."""
+        other laws of choosing, pages that grow or shrink by several sizes at once; and what media and sources need."""
         for name, length in (("short prompts", 1), ("long prompts", self.trained.layout.context - 1)):
             yield name
             for sampling in (decode.GREEDY, rows_lib.DRAWN):  # the second time the prompt is remembered
@@ -145,10 +144,11 @@ class Engine:
                 self.submit(Request(prompts.plain([0] * length), None, 1, sampling),
                             lambda delta, over=over: delta.finish and over.set())  # fmt: skip
                 over.wait()
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), initializer=self._enter) as threads:
+        # Two threads, for each has a cache of its own.
+        with concurrent.futures.ThreadPoolExecutor(2, initializer=self._enter) as threads:
             yield "fewer rows"
             threads.submit(self._rows.find_sizes).result()
-            works = [(name, threads.submit(work)) for name, work in self._rows.compile(self.longest)]
+            works = [(name, threads.submit(work)) for name, work in self._rows.compile(self._old)]
             for name, work in works:
                 yield name
                 work.result()

@@ -13,11 +13,11 @@ from gpt4v_jax import config
 from gpt4v_jax.data import chat
 from gpt4v_jax.generate import decode, sample
 from gpt4v_jax.model import attention
-from gpt4v_jax.serve import prefix, slots
+from gpt4v_jax.serve import slots
 from gpt4v_jax.serve.requests import MOST_LOGPROBS
 from gpt4v_jax.training.workdir import Trained
 
-LEAST = 8  # pages; twice as many, and again, where rows need them
+LEAST = 8  # pages; twice, three times, four times, eight times as many ... where rows need them
 ROW = 4  # pages that a step reads in the time that one row more takes it, roughly
 COPY = 6  # and in the time that one page takes to be moved
 DRAWN = sample.Sampling(1.0)
@@ -33,7 +33,7 @@ class Seat:
 
 
 class Rows:
-    """At most `most` rows, of one model. It belongs to one thread."""
+    """At most `most` rows, of one model. Once there are requests it belongs to one thread."""
 
     def __init__(self, trained: Trained, most: int):
         self.trained, self.most = trained, most
@@ -67,16 +67,16 @@ class Rows:
     def page_sizes(self) -> list[int]:
         """-> how many pages there may be: few numbers, for each is a program."""
         most = self.most * self.blocks
-        sizes = (n for k in itertools.count() for n in (LEAST * 2**k, LEAST * 3)[: 1 + (k == 1)])
-        return [*itertools.takewhile(lambda n: n < most, sizes), most]
+        times = itertools.chain((1, 2, 3), (2**k for k in itertools.count(2)))
+        return [*itertools.takewhile(lambda n: n < most, (LEAST * n for n in times)), most]
 
     def leave(self, row: int) -> None:
         self.seats[row] = None
 
     def seat(self, who, prompt: chat.Document, hidden, cache: attention.Cache, seed: int, more: int = 0) -> None:
         """Gives a row to a request whose prompt is read, as prefix.filled does. more: how many come behind it."""
-        need, read = len(prompt) // slots.PAGE + 1, cache.memory_parts[0].shape[1]  # a page for the next token, too
-        self._fit(1 + more, need + more, 1 << (read - 1).bit_length() if read else 0)
+        need = len(prompt) // slots.PAGE + 1  # with a slot for the next token
+        self._fit(1 + more, need + more, _memory(cache))
         row, given = self.seats.index(None), self._unused()[:need]
         self.seats[row] = Seat(who, len(prompt), given)
         tokens = np.zeros(self.state.past.tokens.shape[1], np.int32)
@@ -184,33 +184,39 @@ class Rows:
             state = slots.advance(model, params, state, told[-1].tokens, table)
         return [np.asarray(x) for x in jax.tree.leaves((told, state.hidden))]
 
-    def compile(self, slots_read: int) -> Iterator[tuple[str, Callable[[], None]]]:
-        """-> what is to be compiled for each number of rows and of pages, and what compiles it. slots_read: of the
-        caches that prefix.filled gives."""
+    def compile(self, cache: attention.Cache) -> Iterator[tuple[str, Callable[[], None]]]:
+        """-> what is to be compiled for each number of rows and of pages, and what compiles it. cache: that
+        prefix.filled has given for a text."""
         sizes = self.page_sizes()
         for rows in self.sizes:
             most = next(n for n in sizes if n >= rows * self.blocks)
             for i, pages in enumerate(n for n in sizes if n <= most):
                 beside = sizes[max(i - 1, 0) : i + 2]
-                yield f"{rows} rows with {pages} pages", lambda of=(rows, pages, beside, slots_read): self._compile(*of)
+                yield f"{rows} rows with {pages} pages", lambda of=(rows, pages, beside, cache): self._compile(*of)
 
-    def _compile(self, rows: int, pages: int, beside: Sequence[int], slots_read: int) -> None:
+    def _compile(self, rows: int, pages: int, beside: Sequence[int], cache: attention.Cache) -> None:
         model, tokens = self.trained.model, np.zeros(self.trained.layout.context, np.int32)
-        hidden, cache = jnp.zeros((1, model.config.backbone.width)), prefix.empty(model, 1, slots_read)
-        state = slots.empty(model, rows, pages, len(tokens))
+        hidden, memory = jnp.zeros((1, model.config.backbone.width)), _memory(cache)
+        state = slots.moved(slots.empty(model, rows, pages, len(tokens)), *_same(rows, pages), memory)
         state = slots.admit(state, 0, _listed([0], self.blocks), hidden, cache, tokens, 1, jax.random.key(0))
         state = slots.cleared(state, _listed([0], self.most))
-        for n in beside:
-            for other in self.sizes:
-                slots.moved(state, np.zeros(other, np.int32), _listed([0], n), 0)
+        for other, n in (*((other, pages) for other in self.sizes), *((rows, n) for n in beside)):
+            jax.block_until_ready(slots.moved(state, np.zeros(other, np.int32), _listed([0], n), memory))
         one = Rows(self.trained, self.most)
         one.state, one.seats = state, [Seat(None, 1, [0]), *[None] * (rows - 1)]
         for law in (decode.GREEDY, DRAWN):
             one.step(slots.rules_of([law] * rows, self._vocab))
+        jax.block_until_ready(one.state)
 
     @property
     def _vocab(self) -> int:
         return self.trained.run.model.vocab
+
+
+def _memory(cache: attention.Cache) -> int:
+    """-> slots for the memory that a prompt has left: few numbers, for each is a program."""
+    read = cache.memory_parts[0].shape[1]
+    return 1 << (read - 1).bit_length() if read else 0
 
 
 def _same(rows: int, pages: int) -> tuple[np.ndarray, np.ndarray]:

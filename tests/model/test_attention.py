@@ -335,6 +335,7 @@ def test_pages_no_bit_depends_on_where_they_lie(kv_heads, heads, width):
             return jnp.asarray(new)
 
         others = drawn.standard_normal((2, P, kv_heads, size, width))
+        others[:, -1] = np.nan  # also where it is nobody's
         numbers = (paged(x, np.ones((P, size))) for x in (document, at, at))
         k_document, k_step, k_index = numbers
         sight = attention.Sight(one, end, k_document, k_step, end, k_index, alone=True,

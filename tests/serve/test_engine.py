@@ -521,7 +521,20 @@ def test_stats_add_up(trained):
     assert sum(n for name, n in stats.items() if name.startswith("finish_")) == 3
 
 
-def test_warm_compiles_what_texts_need(trained):
+def test_warm_of_a_model_that_reads_a_source():
+    """Its steps have a memory, whatever the text."""
+    trained = make(end=tiny.SPECIAL["<end>"], **tiny.FUSIONS["encoder_decoder"])
+    engine = Engine(trained, slots=2)
+    assert len(list(engine.warm())) > 3
+    request = Request(ask(trained, "ab"), None, 5, DRAWN, 3)
+    found = together(engine, [request])[0]
+    engine.close()
+    assert found.tokens == decode.generate(trained, [request.prompt], None, 5, DRAWN, [3])[0].tokens
+
+
+@pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention"))
+def test_warm_compiles_what_texts_need(name):
+    trained = make(end=tiny.SPECIAL["<end>"], **tiny.FUSIONS[name])
     engine = Engine(trained, slots=2)
     list(engine.warm())
     programs = (prefix._read, prefix._put, slots_lib._chosen, slots_lib.advance, slots_lib._pasted, slots_lib._seated,

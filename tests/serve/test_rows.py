@@ -102,6 +102,28 @@ def test_a_page_is_left_as_if_nobody_had_had_it(trained, monkeypatch):
     assert tokens == [step(alone)["b"] for _ in range(21)]
 
 
+@pytest.mark.parametrize("whose", ["somebody's", "nobody's", "nobody's, and the first row is NaN, too"])
+def test_nan_stays_where_it_is(trained, whose):
+    """In the last page, which stands in for those that shorter rows do not have."""
+    rows, alone = rows_lib.Rows(trained, 3), rows_lib.Rows(trained, 3)
+    rows.sizes = alone.sizes = [3]
+    for name, length in (("a", 3), ("b", 5), ("c", 21)):
+        seat(rows, name, length, length)
+    seat(alone, "b", 5, 5)
+    of = {seat.who: seat for seat in rows.seats}
+    if whose == "somebody's":
+        of["c"].pages.append(rows.pages - 1)
+        of["c"].length = 25
+    assert (rows.pages - 1 in held(rows)) == (whose == "somebody's") and rows.who[0] == "a"
+    state = rows.state
+    pool = {name: jax.tree.map(lambda x: x.at[-1].set(jnp.nan), getattr(state.cache, name)) for name in ("k", "v")}
+    hidden = state.hidden.at[0].set(jnp.nan) if whose.endswith("too") else state.hidden
+    marked = state.cache.document.at[-1].set(1)
+    rows.state = state.replace(hidden=hidden, cache=state.cache.replace(document=marked, **pool))
+    assert [step(rows)["b"] for _ in range(2)] == [step(alone)["b"] for _ in range(2)]
+    assert np.isfinite(rows.state.hidden[1]).all()
+
+
 @pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention"))
 def test_numbers_of_rows_that_are_found_change_no_bit(name):
     trained = make(context=64, **tiny.FUSIONS[name])
