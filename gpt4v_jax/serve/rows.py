@@ -65,10 +65,12 @@ class Rows:
         return self.state.cache.memory_parts[0].shape[1] if self.state else 0
 
     def page_sizes(self) -> list[int]:
-        """-> how many pages there may be: few numbers, for each is a program."""
-        most = self.most * self.blocks
+        """-> how many pages there may be: few numbers, for each is a program; of so few scores that XLA might make
+        something else of them (attention.LARGE) only the largest."""
+        most, heads = self.most * self.blocks, self.trained.model.config.decoder.heads
         times = itertools.chain((1, 2, 3), (2**k for k in itertools.count(2)))
-        return [*itertools.takewhile(lambda n: n < most, (LEAST * n for n in times)), most]
+        sizes = itertools.takewhile(lambda n: n < most, (LEAST * n for n in times))
+        return [*(n for n in sizes if n * heads * slots.PAGE >= attention.LARGE), most]
 
     def leave(self, row: int) -> None:
         self.seats[row] = None
@@ -147,12 +149,15 @@ class Rows:
     # ---- before there are requests
 
     def find_sizes(self) -> None:
-        """Finds `sizes`, on the machine that this is: XLA multiplies some numbers of rows in another order."""
+        """Finds `sizes`, on the machine that this is: XLA multiplies some numbers of rows in another order, beside some
+        numbers of pages alone."""
         noise = self._noise()
-        whole = self._tried(noise, self.most)
+        whole = self._tried(noise, self.most, len(noise.cache.document))
 
         def same(rows: int) -> bool:
-            return all(np.array_equal(x, y[:rows]) for x, y in zip(self._tried(noise, rows), whole, strict=True))
+            enough = next(n for n in self.page_sizes() if n >= rows * self.blocks)
+            tried = (self._tried(noise, rows, pages) for pages in self.page_sizes() if rows <= pages <= enough)
+            return all(np.array_equal(x, y[:rows]) for told in tried for x, y in zip(told, whole, strict=True))
 
         powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
         self.sizes = [*filter(same, powers), self.most]
@@ -173,9 +178,9 @@ class Rows:
 
         return jax.tree.map(noise, state.replace(cache=cache))
 
-    def _tried(self, state: slots.State, rows: int) -> list[np.ndarray]:
+    def _tried(self, state: slots.State, rows: int, pages: int) -> list[np.ndarray]:
         """-> what the first rows of a state tell of some steps. Row r has page r; every other one is drawn."""
-        state = slots.moved(state, *_same(rows, len(state.cache.document)), state.cache.memory_parts[0].shape[1])
+        state = slots.moved(state, *_same(rows, pages), state.cache.memory_parts[0].shape[1])
         rules = slots.rules_of([DRAWN if row % 2 else decode.GREEDY for row in range(rows)], self._vocab)
         model, params, ends = self.trained.model, self.trained.params, self.trained.tokenizer.ends
         table, told = np.stack([_listed([row], self.blocks) for row in range(rows)]), []

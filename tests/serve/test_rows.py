@@ -20,6 +20,7 @@ DRAWN = rows_lib.DRAWN
 def small(monkeypatch):
     monkeypatch.setattr(slots_lib, "PAGE", 8)
     monkeypatch.setattr(rows_lib, "LEAST", 2)
+    monkeypatch.setattr(attention, "LARGE", 1)
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +144,13 @@ def test_numbers_of_rows_that_are_found_change_no_bit(name):
 
 
 def test_sizes_are_those_that_were_the_same(trained, monkeypatch):
-    """A number of rows that gives one other bit is left out."""
+    """A number of rows that gives one other bit, be it beside one number of pages, is left out."""
     tried = rows_lib.Rows._tried
 
     def sizes(*others):
-        def changed(self, state, rows):
-            told = tried(self, state, rows)
-            return [np.nextafter(x, 9) if x.dtype == np.float32 else x for x in told] if rows in others else told
+        def changed(self, state, rows, pages):
+            told, other = tried(self, state, rows, pages), {rows, (rows, pages)} & set(others)
+            return [np.nextafter(x, 9) if x.dtype == np.float32 else x for x in told] if other else told
 
         monkeypatch.setattr(rows_lib.Rows, "_tried", changed)
         rows = rows_lib.Rows(trained, 8)
@@ -157,7 +158,7 @@ def test_sizes_are_those_that_were_the_same(trained, monkeypatch):
         return rows.sizes
 
     assert sizes() == [2, 4, 8]
-    assert sizes(4) == [2, 8]
+    assert sizes(4) == sizes((4, 16)) == [2, 8]
     assert sizes(2, 4) == sizes(8) == [8]
 
 
