@@ -83,8 +83,8 @@ def slots(x) -> int:
 
 
 def entered(x, new, cursor):
-    """-> x, [B,S] or [B,K,S,H], with `new` of T slots from the cursor, [] or [B], on. A pair ([B] page, [B] slot) for
-    x of pages: `new` has one slot a row, and what goes to a page that there is not is dropped."""
+    """-> x, [B,S] or [B,K,S,H], with `new` of T slots from the cursor, [] or [B], on. The cursor of pages is a pair, [B]
+    page and [B] slot: `new` has one slot a row, and what goes to a page that there is not is dropped."""
     if isinstance(cursor, tuple):
         page, slot = cursor
         if slots(x) == 1:
@@ -149,9 +149,8 @@ class Sight:
 
     def of_pages(self) -> "Sight":
         """-> the sight of each page's row on it: queries are [P,T], too."""
-        asks = {name: x if x is None else x[self.pages.owner]
-                for name in ("q_document", "q_step", "q_index", "q_item") for x in [getattr(self, name)]}  # fmt: skip
-        return self.replace(pages=None, **asks)
+        asks = {name: getattr(self, name) for name in ("q_document", "q_step", "q_index", "q_item")}
+        return self.replace(pages=None, **jax.tree.map(lambda x: x[self.pages.owner], asks))
 
 
 def within(document, step, reach: int) -> Sight:
@@ -314,8 +313,8 @@ def _attend_pages(q_PKGH, k_PKSH, v_PKSH, mask_PS, table_BN, scale, cap, bias_PN
         add_out = jnp.where(there[..., None], outs[page] * more[..., None], 0)
         return new, total * kept + add_total, out * kept[..., None] + add_out
 
-    B = len(table_BN)
-    start = jnp.full((B, K, G), MASKED), jnp.zeros((B, K, G)), jnp.zeros((B, K, G, H))
+    BKG = len(table_BN), K, G
+    start = jnp.full(BKG, MASKED), jnp.zeros(BKG), jnp.zeros((*BKG, H))
     _, total, out = jax.lax.fori_loop(0, there_BN.sum(1).max(), join, start)
     return out / jnp.where(total > 0, total, 1)[..., None]
 

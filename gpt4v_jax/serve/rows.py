@@ -156,22 +156,29 @@ class Rows:
 
         def same(rows: int) -> bool:
             enough = next(n for n in self.page_sizes() if n >= rows * self.blocks)
-            tried = (self._tried(noise, rows, pages) for pages in self.page_sizes() if rows <= pages <= enough)
+            sizes = (n for n in self.page_sizes() if self._each * rows <= n <= enough)
+            tried = (self._tried(noise, rows, pages) for pages in sizes)
             return all(np.array_equal(x, y[:rows]) for told in tried for x, y in zip(told, whole, strict=True))
 
         powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
         self.sizes = [*filter(same, powers), self.most]
 
+    @property
+    def _each(self) -> int:
+        """-> the pages of each row of _noise."""
+        return min(2, self.blocks)
+
     def _noise(self) -> slots.State:
-        """-> a state of all rows that have read something, no matter what."""
+        """-> a state of all rows that have read something, no matter what. Page n of row r is n * most + r."""
         model, drawn = self.trained.model, np.random.default_rng(0)
-        pages = next(n for n in self.page_sizes() if n >= self.most)
+        pages = next(n for n in self.page_sizes() if n >= self._each * self.most)
         reads = model.config.decoder.count(*config.READS)
         state = slots.empty(model, self.most, pages, self.trained.layout.context)
         state = slots.moved(state, *_same(self.most, pages), attention.BLOCK if reads else 0)
         c = state.cache
         parts = (jnp.ones_like(c.memory_parts[0]), *c.memory_parts[1:])
-        cache = c.replace(document=jnp.ones_like(c.document), cursor=c.cursor + slots.PAGE // 2, memory_parts=parts)
+        used = (self._each - 1) * slots.PAGE + slots.PAGE // 2
+        cache = c.replace(document=jnp.ones_like(c.document), cursor=c.cursor + used, memory_parts=parts)
 
         def noise(x):
             return jnp.asarray(drawn.standard_normal(x.shape), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -179,11 +186,13 @@ class Rows:
         return jax.tree.map(noise, state.replace(cache=cache))
 
     def _tried(self, state: slots.State, rows: int, pages: int) -> list[np.ndarray]:
-        """-> what the first rows of a state tell of some steps. Row r has page r; every other one is drawn."""
-        state = slots.moved(state, *_same(rows, pages), state.cache.memory_parts[0].shape[1])
+        """-> what the first rows of _noise tell of some steps among so many pages; every other row is drawn."""
+        kept = _listed([n * self.most + row for n in range(self._each) for row in range(rows)], pages)
+        state = slots.moved(state, np.arange(rows, dtype=np.int32), kept, state.cache.memory_parts[0].shape[1])
         rules = slots.rules_of([DRAWN if row % 2 else decode.GREEDY for row in range(rows)], self._vocab)
         model, params, ends = self.trained.model, self.trained.params, self.trained.tokenizer.ends
-        table, told = np.stack([_listed([row], self.blocks) for row in range(rows)]), []
+        own = [[n * rows + row for n in range(self._each)] for row in range(rows)]
+        table, told = np.stack([_listed(pages_of, self.blocks) for pages_of in own]), []
         for _ in range(3):
             told.append(slots.choose(model, params, state, rules, None, ends, MOST_LOGPROBS))
             state = slots.advance(model, params, state, told[-1].tokens, table)
