@@ -83,8 +83,8 @@ def slots(x) -> int:
 
 
 def entered(x, new, cursor):
-    """-> x, [B,S] or [B,K,S,H], with `new` of T slots from the cursor, [] or [B], on. The cursor of pages is a pair, [B]
-    page and [B] slot: `new` has one slot a row, and what goes to a page that there is not is dropped."""
+    """-> x, [B,S] or [B,K,S,H], with `new` of T slots from the cursor, [] or [B], on. Of pages it is a pair, [B] page
+    and [B] slot: `new` has one slot a row, and what goes to a page that there is not is dropped."""
     if isinstance(cursor, tuple):
         page, slot = cursor
         if slots(x) == 1:
