@@ -38,7 +38,8 @@ class Rows:
     def __init__(self, trained: Trained, most: int):
         self.trained, self.most = trained, most
         self.blocks = -(-trained.layout.context // slots.PAGE)  # pages of the longest row
-        self.sizes = [most]  # numbers of rows of which each gives a row the same bits: find_sizes finds more
+        # Numbers of rows and of pages, few, for each pair is a program; find_sizes finds which give the same bits.
+        self.sizes, self.page_sizes = [most], self._page_sizes()
         self.clear()
 
     def clear(self) -> None:
@@ -64,13 +65,18 @@ class Rows:
     def memory(self) -> int:
         return self.state.cache.memory_parts[0].shape[1] if self.state else 0
 
-    def page_sizes(self) -> list[int]:
-        """-> how many pages there may be: few numbers, for each is a program; of so few scores that XLA might make
-        something else of them (attention.LARGE) only the largest."""
+    def _page_sizes(self) -> list[int]:
+        """-> numbers of pages; of so few scores that XLA might make something else of them (attention.LARGE) none but
+        the largest."""
         most, heads = self.most * self.blocks, self.trained.model.config.decoder.heads
         times = itertools.chain((1, 2, 3), (2**k for k in itertools.count(2)))
         sizes = itertools.takewhile(lambda n: n < most, (LEAST * n for n in times))
         return [*(n for n in sizes if n * heads * slots.PAGE >= attention.LARGE), most]
+
+    def _enough(self, rows: int) -> list[int]:
+        """-> the numbers of pages that so many rows may have."""
+        most = next(n for n in self.page_sizes if n >= rows * self.blocks)
+        return [n for n in self.page_sizes if n <= most]
 
     def leave(self, row: int) -> None:
         self.seats[row] = None
@@ -118,7 +124,7 @@ class Rows:
         """
         seats, had = [seat for seat in self.seats if seat], (len(self.seats), self.pages, self.memory)
         need = sum(len(seat.pages) for seat in seats) + more_pages
-        pages = next(n for n in self.page_sizes() if n >= need)
+        pages = next(n for n in self.page_sizes if n >= need)
         rows = next((n for n in self.sizes if n >= len(seats) + more_rows), self.most)
         goal = rows, pages, max(memory or 0, self.memory if seats else 0)
         if seats:
@@ -149,19 +155,18 @@ class Rows:
     # ---- before there are requests
 
     def find_sizes(self) -> None:
-        """Finds `sizes`, on the machine that this is: XLA multiplies some numbers of rows in another order, beside some
-        numbers of pages alone."""
+        """Finds `sizes` and `page_sizes`, on the machine that this is: XLA sums some numbers of rows or of pages in
+        another order. What differs from all rows among most pages by one bit is left out."""
         noise = self._noise()
-        whole = self._tried(noise, self.most, len(noise.cache.document))
+        whole = self._tried(noise, self.most, self.page_sizes[-1])
 
-        def same(rows: int) -> bool:
-            enough = next(n for n in self.page_sizes() if n >= rows * self.blocks)
-            sizes = (n for n in self.page_sizes() if self._each * rows <= n <= enough)
-            tried = (self._tried(noise, rows, pages) for pages in sizes)
-            return all(np.array_equal(x, y[:rows]) for told in tried for x, y in zip(told, whole, strict=True))
+        def same(rows: int, pages: int) -> bool:
+            told = self._tried(noise, rows, pages)
+            return all(np.array_equal(x, y[: len(x)]) for x, y in zip(told, whole, strict=True))
 
+        self.page_sizes = [n for n in self.page_sizes if same(self.most, n)]
         powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
-        self.sizes = [*filter(same, powers), self.most]
+        self.sizes = [*(n for n in powers if all(same(n, pages) for pages in self._enough(n))), self.most]
 
     @property
     def _each(self) -> int:
@@ -171,7 +176,7 @@ class Rows:
     def _noise(self) -> slots.State:
         """-> a state of all rows that have read something, no matter what. Page n of row r is n * most + r."""
         model, drawn = self.trained.model, np.random.default_rng(0)
-        pages = next(n for n in self.page_sizes() if n >= self._each * self.most)
+        pages = next(n for n in self.page_sizes if n >= self._each * self.most)
         reads = model.config.decoder.count(*config.READS)
         state = slots.empty(model, self.most, pages, self.trained.layout.context)
         state = slots.moved(state, *_same(self.most, pages), attention.BLOCK if reads else 0)
@@ -186,26 +191,26 @@ class Rows:
         return jax.tree.map(noise, state.replace(cache=cache))
 
     def _tried(self, state: slots.State, rows: int, pages: int) -> list[np.ndarray]:
-        """-> what the first rows of _noise tell of some steps among so many pages; every other row is drawn."""
-        kept = _listed([n * self.most + row for n in range(self._each) for row in range(rows)], pages)
+        """-> what rows of _noise tell of some steps, [n,...], n as many as the pages are enough for; every other one is
+        drawn."""
+        held = min(rows, pages // self._each)
+        kept = _listed([n * self.most + row for row in range(held) for n in range(self._each)], pages)
         state = slots.moved(state, np.arange(rows, dtype=np.int32), kept, state.cache.memory_parts[0].shape[1])
         rules = slots.rules_of([DRAWN if row % 2 else decode.GREEDY for row in range(rows)], self._vocab)
         model, params, ends = self.trained.model, self.trained.params, self.trained.tokenizer.ends
-        own = [[n * rows + row for n in range(self._each)] for row in range(rows)]
+        own = np.split(np.arange(held * self._each), held) + [[]] * (rows - held)
         table, told = np.stack([_listed(pages_of, self.blocks) for pages_of in own]), []
         for _ in range(3):
             told.append(slots.choose(model, params, state, rules, None, ends, MOST_LOGPROBS))
             state = slots.advance(model, params, state, told[-1].tokens, table)
-        return [np.asarray(x) for x in jax.tree.leaves((told, state.hidden))]
+        return [np.asarray(x)[:held] for x in jax.tree.leaves((told, state.hidden))]
 
     def compile(self, cache: attention.Cache) -> Iterator[tuple[str, Callable[[], None]]]:
         """-> what is to be compiled for each number of rows and of pages, and what compiles it. cache: that
         prefix.filled has given for a text."""
-        sizes = self.page_sizes()
         for rows in self.sizes:
-            most = next(n for n in sizes if n >= rows * self.blocks)
-            for i, pages in enumerate(n for n in sizes if n <= most):
-                beside = sizes[max(i - 1, 0) : i + 2]
+            for i, pages in enumerate(self._enough(rows)):
+                beside = self.page_sizes[max(i - 1, 0) : i + 2]
                 yield f"{rows} rows with {pages} pages", lambda of=(rows, pages, beside, cache): self._compile(*of)
 
     def _compile(self, rows: int, pages: int, beside: Sequence[int], cache: attention.Cache) -> None:

@@ -57,7 +57,7 @@ def test_a_row_has_as_many_pages_as_it_is_long(trained):
     rows.leave(rows.who.index("a"))
     seat(rows, "c", 20, 1)
     assert len(set(held(rows))) == 5 and sorted(rows.live) == ["b", "c"]
-    assert rows.pages in rows.page_sizes() and rows.page_sizes()[-1] == 3 * 8
+    assert rows.pages in rows.page_sizes and rows.page_sizes[-1] == 3 * 8
 
 
 def test_neither_place_nor_company_changes_a_token(trained):
@@ -144,7 +144,7 @@ def test_numbers_of_rows_that_are_found_change_no_bit(name):
 
 
 def test_sizes_are_those_that_were_the_same(trained, monkeypatch):
-    """A number of rows that gives one other bit, be it beside one number of pages, is left out."""
+    """What gives one other bit is left out: a number of rows, be it among one number of pages, or a number of pages."""
     tried = rows_lib.Rows._tried
 
     def sizes(*others):
@@ -155,11 +155,13 @@ def test_sizes_are_those_that_were_the_same(trained, monkeypatch):
         monkeypatch.setattr(rows_lib.Rows, "_tried", changed)
         rows = rows_lib.Rows(trained, 8)
         rows.find_sizes()
-        return rows.sizes
+        return rows.sizes, rows.page_sizes
 
-    assert sizes() == [2, 4, 8]
-    assert sizes(4) == sizes((4, 16)) == [2, 8]
-    assert sizes(2, 4) == sizes(8) == [8]
+    rows, pages = sizes()
+    assert rows == [2, 4, 8] and pages == [2, 4, 6, 8, 16, 32, 64]
+    assert sizes(4) == sizes((4, 16)) == ([2, 8], pages)
+    assert sizes((8, 16)) == (rows, [2, 4, 6, 8, 32, 64])
+    assert sizes((8, 64)) == ([8], [64])
 
 
 def test_few_rows_are_stepped_while_few_are_in_use(trained, monkeypatch):
