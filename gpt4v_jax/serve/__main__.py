@@ -4,6 +4,8 @@ python -m gpt4v_jax.serve --workdir runs/digits_world
 python -m gpt4v_jax.serve --workdir runs/digits_world --host 0.0.0.0 --api_keys keys.txt
 """
 
+import contextlib
+import ctypes
 import ipaddress
 import logging
 import os
@@ -73,6 +75,8 @@ def main() -> None:
     engine = Engine(trained, _SLOTS.value, _QUEUED.value, _PREFIX_BYTES.value)
     for what in engine.warm() if _WARM.value else ():
         print(f"compiles {what}", flush=True)
+    with contextlib.suppress(AttributeError, OSError):  # glibc keeps what compiling has freed, which is much
+        ctypes.CDLL(None).malloc_trim(0)
     host, port = listening.getsockname()[:2]
     reads = ", ".join(["text", *(name for name in ("image", "video", "audio") if trained.layout.reads(name))])
     print(f"{settings.name}: step {trained.step}, {reads}; http://{f'[{host}]' if ':' in host else host}:{port}/v1",

@@ -144,14 +144,12 @@ class Engine:
                 self.submit(Request(prompts.plain([0] * length), None, 1, sampling),
                             lambda delta, over=over: delta.finish and over.set())  # fmt: skip
                 over.wait()
-        # Two threads, for each has a cache of its own.
-        with concurrent.futures.ThreadPoolExecutor(2, initializer=self._enter) as threads:
+        with concurrent.futures.ThreadPoolExecutor(1, initializer=self._enter) as thread:
             yield "fewer rows"
-            threads.submit(self._rows.find_sizes).result()
-            works = [(name, threads.submit(work)) for name, work in self._rows.compile(self._old)]
-            for name, work in works:
+            thread.submit(self._rows.find_sizes).result()
+            for name, work in self._rows.compile(self._old):
                 yield name
-                work.result()
+                thread.submit(work).result()
 
     # ---- the thread
 
