@@ -8,7 +8,7 @@ compared:
     continuous      the same requests through serve.engine: a row that is free is given to the next one
 
 Each round runs all three, with matrices as the server holds them; ratios are of the same round, and the median of
-rounds counts.
+rounds counts. A short and a long queue: QUEUES.
 """
 
 import argparse
@@ -24,10 +24,11 @@ import numpy as np
 
 from benchmarks.train_step import ALLOCATOR, machine
 
-SLOTS, REQUESTS, PROMPT, MEAN, MOST = 8, 48, 32, 48, 192
+SLOTS, PROMPT, MEAN, MOST = 8, 32, 48, 192
+QUEUES = 48, 144  # requests: of few the last answers, beside which rows are free, are a larger part
 
 
-def lengths(count: int = REQUESTS) -> list[int]:
+def lengths(count: int) -> list[int]:
     """-> tokens of each answer: exponential with mean MEAN, from 4 to MOST, the same in every run."""
     drawn = np.random.default_rng(0).exponential(MEAN, count)
     return np.clip(drawn.round().astype(int), 4, MOST).tolist()
@@ -137,12 +138,12 @@ def main() -> None:
     def say(text):
         print(text, file=sys.stderr, flush=True)
 
-    requests, rounds = (SLOTS, 1) if args.quick else (REQUESTS, 5)
+    queues, rounds = ((SLOTS,), 1) if args.quick else (QUEUES, 5)
     here, trained = machine(), weights.turned(model())  # as the server has it
-    engine = Engine(trained, SLOTS, queued=requests, prefix_bytes=0)
+    engine = Engine(trained, SLOTS, queued=max(queues), prefix_bytes=0)
     for what in engine.warm():
         say(what)
-    text = report(measure(trained, engine, rounds, requests, say), requests)
+    text = "\n\n".join(report(measure(trained, engine, rounds, n, say), n) for n in queues)
     engine.close()
     here["load"] += f", {os.getloadavg()[0]:.1f} at the end"
     print(text)

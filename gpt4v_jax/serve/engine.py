@@ -27,6 +27,7 @@ from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
 from gpt4v_jax.training.workdir import Trained
 
 SHARE = 0.25  # of the time may go to chunks of one user's prompts, while others' rows go on and nobody else waits
+LONGEST_BURST = 0.25  # seconds: who leaves has a row for so long
 LONGEST_PAUSE = 8.0  # seconds: of a chunk that takes more than a quarter of it most have been compiled
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ log = logging.getLogger(__name__)
 class Ticket:
     """A request in the engine, and what is known of its answer."""
 
-    def __init__(self, request: Request, tell: Tell, room: int, matcher: constrain.Matcher | None, wake):
+    def __init__(self, request: Request, tell: Tell, room: int, matcher: constrain.Matcher | None, bursts: bool, wake):
         self.request, self.tell, self.room, self.matcher, self._wake = request, tell, room, matcher, wake
+        self.bursts = bursts  # whether nobody need look at a token before the next one is drawn
         self.began = time.monotonic()
         self.gone = False
         self.tokens: list[int] = []  # of the answer
@@ -74,6 +76,7 @@ class Engine:
         self._rows = rows_lib.Rows(trained, slots)
         self._filling: tuple[Ticket, Iterator] | None = None
         self._pause = "", 0.0  # whose chunk was read last, and until when the next one of the same user waits
+        self._pace = LONGEST_BURST  # seconds that a step takes
         self._lock = threading.Condition()
         self._closing: float | None = None  # when what runs is cut
         self._rules_of, self._rules = None, {}
@@ -94,18 +97,20 @@ class Engine:
             raise config.InputError("guidance_scale needs a second prompt, which a request has not: leave it out")
         if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
             raise config.InputError(f"logprobs={request.logprobs} must be from 0 to {MOST_LOGPROBS}")
-        slots_lib.rules_of([request.sampling], self.trained.run.model.vocab)
+        laws = slots_lib.rules_of([request.sampling], self.trained.run.model.vocab)
         room = min(request.max_new_tokens, self.trained.layout.context - len(request.prompt))
         matcher = None
         if request.grammar:
             continues = not self.trained.chats and not request.prompt.source
             matcher = constrain.Matcher(request.grammar, self.trained.tokenizer, continues)
+        watched = matcher or request.stop or request.logprobs is not None
+        bursts = not watched and laws.keys() <= set(slots_lib.DRAWS)
         with self._lock:
             if self._closing is not None:
                 raise Busy("the server is closing: try again later", 5.0)
             if self.waiting >= self.queued:
                 raise Busy(f"{self.waiting} requests wait already: try again later", self._patience())
-            ticket = Ticket(request, tell, room, matcher, self._wake)
+            ticket = Ticket(request, tell, room, matcher, bursts, self._wake)
             self._waiting.setdefault(request.user, collections.deque()).append(ticket)
             self._lock.notify()
         return ticket
@@ -279,21 +284,35 @@ class Engine:
             self._filling, self._old = None, cache
 
     def _step(self) -> None:
-        """The next token of every row. The device computes on while the texts are looked at here."""
-        self._rows.prepare()
-        live, rows, vocab = self._rows.live, self._rows.who, self.trained.run.model.vocab
+        """The next token of every row, or several. The device computes on while the texts are looked at here."""
+        most, vocab, began = self._at_once(), self.trained.run.model.vocab, time.monotonic()
+        self._rows.prepare(most)
+        live, rows = self._rows.live, self._rows.who
         samplings = tuple(t.request.sampling if t else decode.GREEDY for t in rows)
         if samplings != self._rules_of:
             self._rules_of, self._rules = samplings, slots_lib.rules_of(samplings, vocab)
-        allowed = None
-        if any(t.matcher for t in live):
-            allowed = constrain.masks([t.matcher if t else None for t in rows], vocab)
-        most = MOST_LOGPROBS if any(t.request.logprobs is not None for t in live) else None
-        told = jax.tree.map(np.asarray, self._rows.step(self._rules, allowed, most))
-        self.counts["steps_total"] += 1
-        for row, ticket in enumerate(rows):
-            if ticket and self._told(ticket, told, row):
+        if most > 1:
+            told = [decode.Told(tokens) for tokens in self._rows.burst(self._rules, most).T]
+        else:
+            allowed = None
+            if any(t.matcher for t in live):
+                allowed = constrain.masks([t.matcher if t else None for t in rows], vocab)
+            best = MOST_LOGPROBS if any(t.request.logprobs is not None for t in live) else None
+            told = [jax.tree.map(np.asarray, self._rows.step(self._rules, allowed, best))]
+        self.counts["steps_total"] += len(told)
+        self._pace = (time.monotonic() - began) / len(told)
+        for new, (row, ticket) in itertools.product(told, enumerate(rows)):
+            if ticket and self._told(ticket, new, row):
                 self._rows.leave(row)
+
+    def _at_once(self) -> int:
+        """-> how many tokens to draw before they are told: several while every row is taken, for nobody can come in
+        before one of them ends."""
+        live = self._rows.live
+        if not self._rows.bursts or len(live) < self.slots or not all(t.bursts for t in live):
+            return 1
+        left = min(t.room - len(t.tokens) for t in live)
+        return max(1, min(left, rows_lib.BURST, int(LONGEST_BURST / self._pace)))
 
     def _told(self, ticket: Ticket, told: decode.Told, row: int) -> bool:
         """Tells what is new of an answer -> whether it has ended."""

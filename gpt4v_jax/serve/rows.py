@@ -21,6 +21,8 @@ LEAST = 8  # pages; twice, three times, four times, eight times as many ... wher
 ROW = 4  # pages that a step reads in the time that one row more takes it, roughly
 COPY = 6  # and in the time that one page takes to be moved
 DRAWN = sample.Sampling(1.0)
+LAWS = decode.GREEDY, DRAWN  # of which `compile` makes programs; others are made when they are asked for
+BURST = 8  # tokens of each row at a time, at most
 
 
 @dataclasses.dataclass
@@ -40,6 +42,7 @@ class Rows:
         self.blocks = -(-trained.layout.context // slots.PAGE)  # pages of the longest row
         # Numbers of rows and of pages, few, for each pair is a program; find_sizes finds which give the same bits.
         self.sizes, self.page_sizes = [most], self._page_sizes()
+        self.bursts = False  # whether they give the bits of steps: find_sizes finds that, too
         self.clear()
 
     def clear(self) -> None:
@@ -92,9 +95,9 @@ class Rows:
         key = jax.random.key(seed % 2**32)
         self.state = slots.admit(self.state, row, _listed(given, self.blocks), hidden, cache, tokens, len(prompt), key)
 
-    def prepare(self) -> None:
-        """Makes room for a token in every row. It may change which rows there are."""
-        full = [seat for seat in self.seats if seat and seat.length // slots.PAGE >= len(seat.pages)]
+    def prepare(self, tokens: int = 1) -> None:
+        """Makes room for so many tokens in every row, at most BURST. It may change which rows there are."""
+        full = [s for s in self.seats if s and (s.length + tokens - 1) // slots.PAGE >= len(s.pages)]
         self._fit(0, len(full))
         given = self._unused()[: len(full)]
         for seat, page in zip(full, given, strict=True):
@@ -106,12 +109,26 @@ class Rows:
         """-> the next token of each row; the device computes on. rules, allowed: of the rows that `prepare` left."""
         model, params = self.trained.model, self.trained.params
         told = slots.choose(model, params, self.state, rules, allowed, self.trained.tokenizer.ends, logprobs)
-        table = np.stack([_listed(seat.pages if seat else [], self.blocks) for seat in self.seats])
-        self.state = slots.advance(model, params, self.state, told.tokens, table)
+        self.state = slots.advance(model, params, self.state, told.tokens, self._table())
+        self._grow(1)
+        return told
+
+    def burst(self, rules: sample.Rules, limit: int) -> np.ndarray:
+        """-> tokens [R,n] that as many steps would tell: `limit` of each row, fewer where one of them ends a row. The
+        host need not look at each, which on a CPU it would do on the cores that compute."""
+        model, params, ends = self.trained.model, self.trained.params, self.trained.tokenizer.ends
+        tokens, n, self.state = slots.burst(model, params, self.state, rules, ends, self._table(), limit, BURST)
+        tokens = np.asarray(tokens)[:, : int(n)]
+        self._grow(int(n))
+        return tokens
+
+    def _table(self) -> np.ndarray:
+        return np.stack([_listed(seat.pages if seat else [], self.blocks) for seat in self.seats])
+
+    def _grow(self, tokens: int) -> None:
         for seat in self.seats:
             if seat:
-                seat.length += 1
-        return told
+                seat.length += tokens
 
     def _unused(self) -> list[int]:
         used = {page for seat in self.seats if seat for page in seat.pages}
@@ -156,7 +173,7 @@ class Rows:
 
     def find_sizes(self) -> None:
         """Finds `sizes` and `page_sizes`, on the machine that this is: XLA sums some numbers of rows or of pages in
-        another order. What differs from all rows among most pages by one bit is left out."""
+        another order. What differs from all rows among most pages by one bit is left out; so are bursts."""
         noise = self._noise()
         whole = self._tried(noise, self.most, self.page_sizes[-1])
 
@@ -167,11 +184,17 @@ class Rows:
         self.page_sizes = [n for n in self.page_sizes if same(self.most, n)]
         powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
         self.sizes = [*(n for n in powers if all(same(n, pages) for pages in self._enough(n))), self.most]
+        self.bursts = all(self._same_bursts(noise, pages, law) for pages in self.page_sizes for law in LAWS)
 
     @property
     def _each(self) -> int:
         """-> the pages of each row of _noise."""
         return min(2, self.blocks)
+
+    @property
+    def _used(self) -> int:
+        """-> the slots that each row of _noise has read into."""
+        return (self._each - 1) * slots.PAGE + slots.PAGE // 2
 
     def _noise(self) -> slots.State:
         """-> a state of all rows that have read something, no matter what. Page n of row r is n * most + r."""
@@ -182,28 +205,39 @@ class Rows:
         state = slots.moved(state, *_same(self.most, pages), attention.BLOCK if reads else 0)
         c = state.cache
         parts = (jnp.ones_like(c.memory_parts[0]), *c.memory_parts[1:])
-        used = (self._each - 1) * slots.PAGE + slots.PAGE // 2
-        cache = c.replace(document=jnp.ones_like(c.document), cursor=c.cursor + used, memory_parts=parts)
+        cache = c.replace(document=jnp.ones_like(c.document), cursor=c.cursor + self._used, memory_parts=parts)
 
         def noise(x):
             return jnp.asarray(drawn.standard_normal(x.shape), x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
         return jax.tree.map(noise, state.replace(cache=cache))
 
-    def _tried(self, state: slots.State, rows: int, pages: int) -> list[np.ndarray]:
-        """-> what rows of _noise tell of some steps, [n,...], n as many as the pages are enough for; every other one is
-        drawn."""
-        held = min(rows, pages // self._each)
+    def _part(self, noise: slots.State, rows: int, pages: int) -> "Rows":
+        """-> rows of _noise, as many as the pages are enough for."""
+        held, part = min(rows, pages // self._each), Rows(self.trained, self.most)
         kept = _listed([n * self.most + row for row in range(held) for n in range(self._each)], pages)
-        state = slots.moved(state, np.arange(rows, dtype=np.int32), kept, state.cache.memory_parts[0].shape[1])
+        memory = noise.cache.memory_parts[0].shape[1]
+        part.state = slots.moved(noise, np.arange(rows, dtype=np.int32), kept, memory)
+        own = (list(range(row * self._each, (row + 1) * self._each)) for row in range(held))
+        part.seats = [*(Seat(None, self._used, pages_of) for pages_of in own), *[None] * (rows - held)]
+        return part
+
+    def _tried(self, noise: slots.State, rows: int, pages: int) -> list[np.ndarray]:
+        """-> what a _part tells of some steps, [n,...]; every other row is drawn."""
+        part = self._part(noise, rows, pages)
         rules = slots.rules_of([DRAWN if row % 2 else decode.GREEDY for row in range(rows)], self._vocab)
-        model, params, ends = self.trained.model, self.trained.params, self.trained.tokenizer.ends
-        own = np.split(np.arange(held * self._each), held) + [[]] * (rows - held)
-        table, told = np.stack([_listed(pages_of, self.blocks) for pages_of in own]), []
-        for _ in range(3):
-            told.append(slots.choose(model, params, state, rules, None, ends, MOST_LOGPROBS))
-            state = slots.advance(model, params, state, told[-1].tokens, table)
-        return [np.asarray(x)[:held] for x in jax.tree.leaves((told, state.hidden))]
+        told = [part.step(rules, None, MOST_LOGPROBS) for _ in range(3)]
+        return [np.asarray(x)[: len(part.live)] for x in jax.tree.leaves((told, part.state.hidden))]
+
+    def _same_bursts(self, noise: slots.State, pages: int, law: sample.Sampling) -> bool:
+        """-> whether a burst tells and leaves what steps do."""
+        rules = slots.rules_of([law] * self.most, self._vocab)
+        part = self._part(noise, self.most, pages)
+        tokens, hidden = part.burst(rules, 3), np.asarray(part.state.hidden)
+        part = self._part(noise, self.most, pages)
+        told = np.stack([part.step(rules).tokens for _ in range(tokens.shape[1])], axis=1)
+        held, pairs = len(part.live), ((told, tokens), (part.state.hidden, hidden))
+        return all(np.array_equal(x[:held], y[:held]) for x, y in pairs)
 
     def compile(self, cache: attention.Cache) -> Iterator[tuple[str, Callable[[], None]]]:
         """-> what is to be compiled for each number of rows and of pages, and what compiles it. cache: that
@@ -223,8 +257,10 @@ class Rows:
             jax.block_until_ready(slots.moved(state, np.zeros(other, np.int32), _listed([0], n), memory))
         one = Rows(self.trained, self.most)
         one.state, one.seats = state, [Seat(None, 1, [0]), *[None] * (rows - 1)]
-        for law in (decode.GREEDY, DRAWN):
-            one.step(slots.rules_of([law] * rows, self._vocab))
+        for rules in (slots.rules_of([law] * rows, self._vocab) for law in LAWS):
+            one.step(rules)
+            if self.bursts and rows == self.most:
+                one.burst(rules, 1)
         jax.block_until_ready(one.state)
 
     @property

@@ -1,4 +1,4 @@
-"""The rows that requests decode in, their pages of one cache, and the two programs of a step: `choose`, `advance`.
+"""The rows that requests decode in, their pages of one cache, and the programs of steps.
 
 A row has as many pages as its text is long (Kwon et al. 2023, PagedAttention). How many rows and pages a step has
 follows what is in use: a step takes as long as they are many.
@@ -175,6 +175,28 @@ def advance(model: GPT4V, params, state: State, token_R, table_RN) -> State:
     hidden, cache = decode.appended(model, params, token[:, None], cache)
     hidden = hidden[:, 0].astype(state.hidden.dtype)
     return state.replace(hidden=hidden, cache=cache.replace(pages=None), past=state.past.append(token))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "end", "most"), donate_argnames="state")
+def burst(model: GPT4V, params, state: State, rules: sample.Rules, end: tuple[int, ...], table_RN, limit, most: int):
+    """`choose` and `advance` up to `limit` <= `most` times, until a row has drawn its last token.
+
+    -> (tokens [R,most] int32, how many of each row were drawn, the state).
+    """
+
+    def go_on(carry):
+        n, _, _, over = carry
+        return (n < limit) & ~over
+
+    def one(carry):
+        n, tokens, state, _ = carry
+        token = choose(model, params, state, rules, None, end, None).tokens
+        over = (jnp.isin(token, jnp.array(end, jnp.int32)) | (token < 0)).any()
+        return n + 1, tokens.at[:, n].set(token), advance(model, params, state, token, table_RN), over
+
+    tokens = jnp.zeros((len(state.keys), most), jnp.int32)
+    n, tokens, state, _ = jax.lax.while_loop(go_on, one, (jnp.int32(0), tokens, state, jnp.bool(False)))
+    return tokens, n, state
 
 
 def rules_of(samplings: Sequence[sample.Sampling], vocab: int) -> sample.Rules:
