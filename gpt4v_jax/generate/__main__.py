@@ -122,10 +122,11 @@ def _ask(trained: workdir.Trained, sampling: sample.Sampling, files: list[tuple[
         answers = beam.generate(
             trained, [prompt], read, _MAX_NEW_TOKENS.value, _BEAMS.value, sampling, [_SEED.value], _STOP.value,
             max_length=_MAX_LENGTH.value, length_penalty=_LENGTH_PENALTY.value, num_return_sequences=_SEQUENCES.value,
-            early_stopping="never" if _EARLY.value == "never" else _EARLY.value == "True",
+            early_stopping="never" if _EARLY.value == "never" else _EARLY.value == "True", negative=second,
+            grammar=_grammar(),
         )  # fmt: skip
     elif _speculates():
-        answers = _speculate(trained, prompt, read, sampling, files)
+        answers = _speculate(trained, prompt, read, sampling, files, second)
     else:
         answers = _generate(trained, prompt, read, sampling, _SEED.value, negative=second, logprobs=_LOGPROBS.value,
                             num_return_sequences=_SEQUENCES.value)  # fmt: skip
@@ -153,9 +154,9 @@ def _check_ways() -> None:
     grammars, guided = (_REGEX, _CHOICES, _SCHEMA), (_NEGATIVE, _SAMPLING["guidance_scale"])
     for way, chosen, others in (
         ("--chat", _CHAT.value, (_PROMPT, _RECORD, _LOGPROBS, _SEQUENCES, _BEAMS, _LOOKUP, _ASSISTANT, *guided)),
-        ("--num_beams", _BEAMS.value != 1, (_LOGPROBS, _LOOKUP, _ASSISTANT, *grammars, *guided)),
+        ("--num_beams", _BEAMS.value != 1, (_LOGPROBS, _LOOKUP, _ASSISTANT)),
         ("--assistant_model", _ASSISTANT.value is not None, (_LOOKUP,)),
-        ("speculative decoding", _speculates(), (_LOGPROBS, _SEQUENCES, _MAX_LENGTH, *grammars, *guided)),
+        ("speculative decoding", _speculates(), (_LOGPROBS, _SEQUENCES, _MAX_LENGTH, *grammars)),
     ):
         for flag in others if chosen else ():
             if flag.present:
@@ -188,7 +189,7 @@ def _schema(path: str) -> constrain.Grammar:
         raise config.InputError(f"--json_schema={path} is no file with JSON: {error}") from error
 
 
-def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, files):
+def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, files, second):
     """Says, too, how much of what was proposed was accepted."""
     draft, more = speculative.Lookup(_LOOKUP.value if _LOOKUP.value is not None else 1), {}
     if _ASSISTANT.value is not None:
@@ -198,7 +199,7 @@ def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: 
             more = {"draft_prompts": [prompts.prompt(draft, _PROMPT.value, media)], "draft_read": draft_read}
     room = decode.NEW_TOKENS if _MAX_NEW_TOKENS.value is None else _MAX_NEW_TOKENS.value
     answers, counts = speculative.generate(trained, [prompt], read, room, draft, _ASSISTANT_TOKENS.value, sampling,
-                                           [_SEED.value], _STOP.value, **more)  # fmt: skip
+                                           [_SEED.value], _STOP.value, negative=second, **more)  # fmt: skip
     accepted, drafted, rounds = (int(x[0]) for x in (counts.accepted, counts.drafted, counts.rounds))
     said = len(answers[0].tokens)
     print(f"{said} tokens, {rounds + 1} passes of the model; {accepted} of {drafted} proposals accepted")

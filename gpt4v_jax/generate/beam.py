@@ -21,7 +21,7 @@ import numpy as np
 
 from gpt4v_jax import config
 from gpt4v_jax.data import chat
-from gpt4v_jax.generate import decode, sample
+from gpt4v_jax.generate import constrain, decode, sample
 from gpt4v_jax.generate import prompts as prompts_lib
 from gpt4v_jax.model import attention
 from gpt4v_jax.model.gpt4v import GPT4V
@@ -39,8 +39,8 @@ class State(NamedTuple):
     """What a step takes and gives: B prompts, W beams each, N slots, of which an answer fills the first n."""
 
     n: jax.Array  # [] int32
-    logits: jax.Array  # [B*W,V] after the live beams
-    cache: attention.Cache  # of the live beams, B*W rows
+    logits: jax.Array  # [B*W,V] after the live beams; with guidance those after the second prompts follow, [2*B*W,V]
+    cache: attention.Cache  # as many rows
     live: jax.Array  # [B,W,N] int32 tokens, -1 from n on
     sums: jax.Array  # [B,W] float32 of log-probabilities, best first; -inf: no beam
     done: jax.Array  # [B,W,N] int32 tokens of finished beams, -1 behind them
@@ -66,6 +66,8 @@ class How:
     length_penalty: float
     at_once: bool  # W finished beams are enough
     process: Any  # a jax.tree_util.Partial, or None
+    scale: Any  # of guidance, [B*W] float32, or None
+    allowed: Any  # [B*W,V] bool, or None: what process has as its last argument
     keys: Any  # [B] random keys, or None: nothing is drawn
     end: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
@@ -84,52 +86,116 @@ def generate(
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     num_return_sequences: int = 1,
+    negative: Sequence[chat.Document] = (),
+    logits_processor: Sequence[decode.Processor] = (),
+    grammar: constrain.Grammar | None = None,
 ) -> list[decode.Answer]:
     """-> the best num_return_sequences Answers of each prompt, best first; other arguments are decode.generate's and
-    `search`'s. What sampling changes of logits is applied to log-probabilities, as there. With a temperature candidates
-    are drawn, by one seed a prompt; a beam's score is the sum of what it was drawn by, which temperature has divided. A
-    stop string finishes a beam as an end token does."""
+    `search`'s. What sampling, guidance and processors change of logits is applied to log-probabilities, as there. With
+    a temperature candidates are drawn, by one seed a prompt; a beam's score is the sum of what it was drawn by, which
+    temperature has divided. A stop string finishes a beam as an end token does, and so does all that a grammar allows.
+    """
     if not prompts:
         return []
-    if sampling.guidance_scale != 1:
-        raise config.InputError(f"num_beams={num_beams} is not guided: leave guidance_scale={sampling.guidance_scale} "
-                                "at 1")  # fmt: skip
+    decode.check_second(sampling, prompts, negative)
     decode.check_stop(stop)
-    room = decode.rooms(trained, prompts, max_new_tokens, max_length)
+    room = decode.rooms(trained, prompts, max_new_tokens, max_length, negative)
     slots = decode.rounded(max(room), decode.BLOCK)
-    logits, cache, there = decode.begin(trained, prompts, read, slots)
-    rows = [p.tokens for p in prompts for _ in range(num_beams)]
-    rules, ends = sample.rules([sampling] * len(rows), trained.run.model.vocab), trained.tokenizer.ends
+    logits, cache, there = decode.begin(trained, [*prompts, *negative], read, slots)
+    there = there.reshape(-1, len(prompts)).all(axis=0)
+    rows, vocab = [p.tokens for p in prompts for _ in range(num_beams)], trained.run.model.vocab
+    rules, ends = sample.rules([sampling] * len(rows), vocab), trained.tokenizer.ends
+    scale = rules.pop("guidance_scale", None)
     keys = decode.keys_of(seeds, len(prompts))
     if sampling.temperature:
         rules["min_tokens_to_keep"] = jnp.full(len(rows), _spare(num_beams, ends))
-    process = jax.tree_util.Partial(_processed, sample.history(rows, slots), rules, ends) if rules else None
+    places, process = _Places(trained, prompts, grammar) if grammar else None, None
+    if rules or logits_processor or grammar:
+        process = jax.tree_util.Partial(_processed, sample.history(rows, slots), rules, ends,
+                                        _Functions(tuple(logits_processor)))  # fmt: skip
 
     def stopped(i: int, tokens: tuple[int, ...]) -> bool:
-        text = decode.text_of(trained, prompts[i], tokens)
-        return any(s in text for s in stop)
+        text = decode.text_of(trained, prompts[i], tokens) if stop else ""
+        return any(s in text for s in stop) or places is not None and places.complete(i, tokens)
 
-    found = search(trained.model, trained.params, logits, cache, num_beams, room, ends, length_penalty, early_stopping,
-                   num_return_sequences, process, keys if sampling.temperature else None,
-                   stopped if stop else None)  # fmt: skip
+    found = search(
+        trained.model, trained.params, logits, cache, num_beams, room, ends, length_penalty, early_stopping,
+        num_return_sequences, process, keys if sampling.temperature else None, stopped if stop or places else None,
+        places.allowed if places else None, scale,
+    )  # fmt: skip
     answers = []
-    for asked, here, most, beams in zip(prompts, there, room, found, strict=True):
-        for beam in beams if here else ():
-            text, n, finish = decode.ended(trained, asked, beam.tokens, most, stop)
-            answers.append(decode.Answer(text, beam.tokens[:n], finish, sequences_score=beam.score))
+    for i, (asked, here, most, beams) in enumerate(zip(prompts, there, room, found, strict=True)):
+        answers_of = []
+        if here and places and places.empty(i):
+            answers_of = [decode.Answer("", (), "stop")]
+        elif here:
+            for beam in beams:
+                complete = places is not None and places.complete(i, beam.tokens)
+                text, n, finish = decode.ended(trained, asked, beam.tokens, most, stop, complete)
+                answers_of.append(decode.Answer(text, beam.tokens[:n], finish, sequences_score=beam.score))
         nothing = decode.Answer("", (), "forbidden" if here else "unreadable")
-        answers += [nothing] * (num_return_sequences - (len(beams) if here else 0))
+        answers += answers_of + [nothing] * (num_return_sequences - len(answers_of))
     return answers
 
 
-def _processed(past: sample.History, rules: sample.Rules, end, tokens, scores):
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Functions:
+    """logits_processor, as a part of a jax.tree_util.Partial that is compiled with it."""
+
+    of: tuple[decode.Processor, ...]
+
+
+def _processed(past: sample.History, rules: sample.Rules, end, functions: _Functions, tokens, scores, allowed=None):
     """Sampling's laws as `search` wants them: tokens [R,N] are the answers, -1 behind them."""
     n = (tokens >= 0).sum(axis=1)
     at = past.prompt[:, None] + jnp.arange(tokens.shape[1])
     rows = jnp.arange(len(tokens))[:, None]
     whole = past.tokens.at[rows, at].set(jnp.maximum(tokens, 0), mode="drop")
-    scores = sample.processed(scores, past.replace(tokens=whole, length=past.prompt + n), rules, end)
+    past = past.replace(tokens=whole, length=past.prompt + n)
+    scores = sample.processed(scores, past, rules, end)
+    for function in functions.of:
+        scores = function(past, scores)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -jnp.inf)
     return sample.restrict(scores, rules) if "temperature" in rules else scores
+
+
+class _Places:
+    """Where beams are in a grammar, by (number of the prompt, tokens)."""
+
+    def __init__(self, trained: Trained, prompts: Sequence[chat.Document], grammar: constrain.Grammar):
+        self._vocab = trained.run.model.vocab
+        self._first = {(i, ()): decode.matcher(trained, p, grammar) for i, p in enumerate(prompts)}
+        self._known = dict(self._first)
+
+    def empty(self, i: int) -> bool:
+        """-> whether only the empty text matches, and no token ends it."""
+        return not self._first[i, ()].allowed().any()
+
+    def complete(self, i: int, tokens: tuple[int, ...]) -> bool:
+        """-> whether nothing but an end may follow."""
+        return self.empty(i) or self._at(i, tokens).finished
+
+    def allowed(self, live, sums, open) -> np.ndarray:
+        """`search`'s `allowed`."""
+        B, W = sums.shape
+        which = [(i, w) for i in range(B) for w in range(W)]
+        searched = {(i, w): tuple(live[i, w][live[i, w] >= 0].tolist())
+                    for i, w in which if open[i] and sums[i, w] > -np.inf and not self.empty(i)}  # fmt: skip
+        found = {place: self._at(place[0], tokens) for place, tokens in searched.items()}
+        self._known = self._first | {(place[0], tokens): found[place] for place, tokens in searched.items()}
+        return constrain.masks([found.get(place) for place in which], self._vocab)
+
+    def _at(self, i: int, tokens: tuple[int, ...]) -> constrain.Matcher:
+        n = next(n for n in range(len(tokens), -1, -1) if (i, tokens[:n]) in self._known)
+        found = self._known[i, tokens[:n]]
+        if n < len(tokens):
+            found = found.copy()
+            for token in tokens[n:]:
+                found.advance(token)
+            self._known[i, tokens] = found
+        return found
 
 
 def _spare(num_beams: int, end: tuple[int, ...]) -> int:
@@ -152,6 +218,8 @@ def search(
     process: Callable | None = None,
     keys=None,
     stopped: Callable[[int, tuple[int, ...]], bool] | None = None,
+    allowed: Callable | None = None,
+    scale=None,
 ) -> list[list[Beam]]:
     """-> of each prompt its best num_return_sequences beams, best first; fewer where `process` forbids all others.
 
@@ -170,7 +238,10 @@ def search(
     decode.generate draws. None: the best are taken.
 
     stopped(number of the prompt, a candidate's tokens) -> whether they end it. It is asked on the host, between steps,
-    so that a search with it is slower.
+    so that a search with it is slower. So is allowed(live [B,num_beams,N], sums [B,num_beams], open [B]; State's) ->
+    what process gets as its third argument in the next step.
+
+    scale [B*num_beams]: of guidance (sample.guided); logits and cache then have 2 B rows, the second prompts' last.
 
     Raises InputError for values out of range.
     """
@@ -192,14 +263,17 @@ def search(
     longest = np.array(room) if early_stopping == "never" and length_penalty > 0 else np.zeros(len(room), int)
     if process is not None and not isinstance(process, jax.tree_util.Partial):
         process = jax.tree_util.Partial(process)
-    how = How(np.array(room), longest, length_penalty, at_once, process, keys, end)
-    if stopped is None:
+    how = How(np.array(room), longest, length_penalty, at_once, process, scale, None, keys, end)
+    if stopped is None and allowed is None:
         last = _search(model, params, logits, cache, num_beams, how)
     else:
-        last = _start(logits, cache, num_beams)
+        last = _start(logits, cache, num_beams, len(room))
         while last.open.any():
+            if allowed is not None:
+                how = how.replace(allowed=allowed(*jax.device_get((last.live, last.sums, last.open))))
             found = _candidates(last, how)
-            last = _advance(model, params, last, found, _asked(stopped, last.open, found), how)
+            ends = _asked(stopped, last.open, found) if stopped else False
+            last = _advance(model, params, last, found, ends, how)
     done, scores = jax.device_get((last.done, last.scores))
     return [
         [_beam(i, *one, end, stopped) for one in zip(*of_prompt, strict=True) if one[1] > -np.inf]
@@ -229,14 +303,14 @@ def _search(model, params, logits, cache, num_beams: int, how: How) -> State:
     """-> the last State, of a search without `stopped`."""
     return jax.lax.while_loop(
         lambda s: s.open.any(), lambda s: _advance(model, params, s, _candidates(s, how), False, how),
-        _start(logits, cache, num_beams),
+        _start(logits, cache, num_beams, len(how.room)),
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames="num_beams")
-def _start(logits, cache, num_beams: int) -> State:
+@partial(jax.jit, static_argnames=("num_beams", "prompts"))
+def _start(logits, cache, num_beams: int, prompts: int) -> State:
     """All beams of a prompt are the same at first: only one of them counts."""
-    B, W, N = len(logits), num_beams, cache.document.shape[1]
+    B, W, N = prompts, num_beams, cache.document.shape[1]
     none = jnp.full((B, W), -jnp.inf)
     tokens = jnp.full((B, W, N), -1, jnp.int32)
     logits, cache = jax.tree.map(lambda x: jnp.repeat(x, W, axis=0) if x.ndim else x, (logits, cache))
@@ -246,9 +320,13 @@ def _start(logits, cache, num_beams: int) -> State:
 @jax.jit
 def _candidates(s: State, how: How) -> Candidates:
     (B, W, N), V = s.live.shape, s.logits.shape[1]
-    log_p = jax.nn.log_softmax(s.logits.astype(jnp.float32), axis=-1)
+    logits = s.logits.astype(jnp.float32)
+    if how.scale is None:
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+    else:
+        log_p = sample.guided(*jnp.split(logits, 2), how.scale)
     if how.process is not None:
-        log_p = how.process(s.live.reshape(B * W, N), log_p)
+        log_p = how.process(s.live.reshape(B * W, N), log_p, *([] if how.allowed is None else [how.allowed]))
     sums = (s.sums[:, :, None] + log_p.reshape(B, W, V)).reshape(B, W * V)
     order = sums
     if how.keys is not None:
@@ -277,7 +355,8 @@ def _advance(model, params, s: State, found: Candidates, stopped, how: How) -> S
     go_on = s.open & (hope > worst) & ~(how.at_once & (worst > -jnp.inf))
 
     cache = _reorder(s.cache, _take(parent, best))
-    logits, cache = decode.step(model, params, _take(token, best).reshape(B * W), cache)
+    token = jnp.tile(_take(token, best).reshape(B * W), len(s.logits) // (B * W))
+    logits, cache = decode.step(model, params, token, cache)
     return State(n, logits, cache, _take(grown, best), sums, done, scores, go_on)
 
 
@@ -290,5 +369,6 @@ def _reorder(cache: attention.Cache, parent_BW) -> attention.Cache:
     """-> the cache with the k and v of each beam's parent; in all else, the memory too, a prompt's beams are equal."""
     B, W = parent_BW.shape
     rows = (jnp.arange(B)[:, None] * W + parent_BW).reshape(B * W)
+    rows = jnp.concatenate([rows + B * W * i for i in range(len(cache.document) // (B * W))])  # two with guidance
     k, v = jax.tree.map(lambda x: x[rows], (cache.k, cache.v))
     return cache.replace(k=k, v=v)

@@ -85,23 +85,19 @@ def generate(
     """
     if not prompts:
         return []
-    if (sampling.guidance_scale != 1) != bool(negative) or negative and len(negative) != len(prompts):
-        raise config.InputError(f"guidance_scale={sampling.guidance_scale} with {len(negative)} second prompts: give "
-                                f"one for each of the {len(prompts)} prompts, or leave it at 1, which needs none")
+    check_second(sampling, prompts, negative)
     config.at_least(1, num_return_sequences=num_return_sequences)
     if num_return_sequences > 1 and not sampling.temperature:
         raise config.InputError(f"num_return_sequences={num_return_sequences}: greedy answers are one and the same, "
                                 "set a temperature")  # fmt: skip
     check_stop(stop)
     asks, second = ([p for p in given for _ in range(num_return_sequences)] for given in (prompts, negative))
-    room = rooms(trained, asks, max_new_tokens, max_length)
-    if second:  # it must not leave the context, either
-        room = [min(n, trained.layout.context - len(p)) for n, p in zip(room, second, strict=True)]
+    room = rooms(trained, asks, max_new_tokens, max_length, second)
     keys = keys_of(seeds, len(prompts), num_return_sequences)
     matchers = []
     for p in prompts if grammar else ():
-        matcher = constrain.Matcher(grammar, trained.tokenizer, not trained.chats and not p.source)
-        matchers += [matcher.copy() for _ in range(num_return_sequences)]
+        of_prompt = matcher(trained, p, grammar)
+        matchers += [of_prompt.copy() for _ in range(num_return_sequences)]
     slots = rounded(max(room), BLOCK)
     logits, cache, there = begin(trained, [*asks, *second], read, slots)
 
@@ -111,8 +107,8 @@ def generate(
     # A prompt whose media cannot be read is padding: nothing answers it.
     there = there.reshape(-1, len(asks)).all(axis=0)  # of both prompts
     answers: list[Answer | None] = [None if here else Answer("", (), "unreadable") for here in there]
-    for i, matcher in enumerate(matchers):
-        if not matcher.allowed().any():  # only the empty text matches, and no token ends it
+    for i, place in enumerate(matchers):
+        if not place.allowed().any():  # only the empty text matches, and no token ends it
             answers[i] = answers[i] or Answer("", (), "stop")
     n = 1 if grammar else BLOCK  # tokens at a time
     for _ in range(0, max(room), n):
@@ -146,6 +142,18 @@ def keys_of(seeds: Sequence[int], prompts: int, sequences: int = 1):
     return jax.vmap(jax.random.key)(jnp.array(seeds, jnp.uint32))
 
 
+def matcher(trained: Trained, prompt: chat.Document, grammar: constrain.Grammar) -> constrain.Matcher:
+    """-> the place of an answer that has not begun. Raises InputError as Matcher does."""
+    return constrain.Matcher(grammar, trained.tokenizer, not trained.chats and not prompt.source)
+
+
+def check_second(sampling: sample.Sampling, prompts: Sequence, negative: Sequence) -> None:
+    """Raises InputError where guidance has not its second prompts, or they no guidance."""
+    if (sampling.guidance_scale != 1) != bool(negative) or negative and len(negative) != len(prompts):
+        raise config.InputError(f"guidance_scale={sampling.guidance_scale} with {len(negative)} second prompts: give "
+                                f"one for each of the {len(prompts)} prompts, or leave it at 1, which needs none")
+
+
 def check_stop(stop: Sequence[str]) -> None:
     """Raises InputError for a stop string that every text has."""
     if not all(stop):
@@ -158,19 +166,22 @@ def rounded(n: int, multiple: int) -> int:
 
 
 def rooms(trained: Trained, prompts: Sequence[chat.Document], max_new_tokens: int | None,
-          max_length: int | None = None) -> list[int]:  # fmt: skip
-    """-> how many tokens the answer to each prompt may have. Raises InputError for what leaves none."""
+          max_length: int | None = None, second: Sequence[chat.Document] = ()) -> list[int]:  # fmt: skip
+    """-> how many tokens the answer to each prompt may have. second: prompts of guidance, which must not leave the
+    context, either. Raises InputError for what leaves none."""
     context = trained.layout.context
     if max_new_tokens is None and max_length is None:
         max_new_tokens = NEW_TOKENS
     if max_new_tokens is not None:
         config.at_least(1, max_new_tokens=max_new_tokens)
-        return [min(max_new_tokens, context - len(p)) for p in prompts]
-    longest = max(map(len, prompts))
-    if max_length <= longest:
-        raise config.InputError(f"max_length={max_length} counts the prompt, which has {longest} positions: it must be "
-                                "more; max_new_tokens does not count it")
-    return [min(max_length, context) - len(p) for p in prompts]
+        room = [min(max_new_tokens, context - len(p)) for p in prompts]
+    else:
+        longest = max(map(len, prompts))
+        if max_length <= longest:
+            raise config.InputError(f"max_length={max_length} counts the prompt, which has {longest} positions: it "
+                                    "must be more; max_new_tokens does not count it")  # fmt: skip
+        room = [min(max_length, context) - len(p) for p in prompts]
+    return [min(n, context - len(p)) for n, p in zip(room, second, strict=True)] if second else room
 
 
 def begin(trained: Trained, prompts: Sequence[chat.Document], read: prompts_lib.Read | None, slots: int):

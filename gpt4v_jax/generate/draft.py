@@ -27,21 +27,31 @@ class Lookup:
 @dataclasses.dataclass(frozen=True)
 class Law:
     """Logits [N,V] and the rows' History -> probabilities [N,V] that are drawn from; greedy: all on the argmax; 0 of
-    all tokens where none is allowed. The draft has the same law, else less is accepted. Raises InputError for guidance,
-    which has a second prompt."""
+    all tokens where none is allowed. The draft has the same law, else less is accepted; but it is not guided."""
 
     sampling: sample.Sampling = sample.Sampling()  # noqa: RUF009, frozen
     end: tuple[int, ...] = ()  # tokens that end an answer
+    processors: tuple[decode.Processor, ...] = ()
 
-    def __post_init__(self):
-        if self.sampling.guidance_scale != 1:
-            raise config.InputError(f"guidance_scale={self.sampling.guidance_scale} does not go with speculative "
-                                    "decoding: leave it at 1")  # fmt: skip
+    @property
+    def parts(self) -> int:
+        """-> 2 where the target model's rows are followed by those of the second prompts, else 1."""
+        return 1 if self.sampling.guidance_scale == 1 else 2
+
+    def guided(self, logits):
+        """[parts*B,...,V] -> [B,...,V]."""
+        if self.parts == 1:
+            return logits
+        ours, theirs = jnp.split(logits.reshape(-1, logits.shape[-1]), 2)
+        found = sample.guided(ours, theirs, jnp.full(len(ours), self.sampling.guidance_scale))
+        return found.reshape(-1, *logits.shape[1:])
 
     def __call__(self, logits, past: sample.History):
         rules = sample.rules([self.sampling], logits.shape[1])
         rules = {name: jnp.broadcast_to(x, (len(logits), *x.shape[1:])) for name, x in rules.items()}
         x = sample.processed(logits, past, rules, self.end)
+        for process in self.processors:
+            x = process(past, x)
         if self.sampling.temperature:
             p = jax.nn.softmax(sample.restrict(x, rules), axis=-1)
         else:

@@ -65,12 +65,15 @@ def generate(
     stop: Sequence[str] = (),
     draft_prompts: Sequence[chat.Document] = (),
     draft_read: prompts_lib.Read | None = None,
+    *,
+    negative: Sequence[chat.Document] = (),
+    logits_processor: Sequence[plain.Processor] = (),
 ) -> tuple[list[plain.Answer], Counts]:
     """-> (an Answer of each prompt, counts of each row).
 
     draft: another model of the same vocabulary, or prompt lookup; num_assistant_tokens: what a model proposes in a
-    round. sampling: all but guidance; seeds: one a prompt; stop: decode.generate's. draft_prompts, draft_read: the
-    prompts as the draft model's layout lays them, where it lays media otherwise. Raises InputError.
+    round. seeds: one a prompt; sampling, stop, negative, logits_processor: decode.generate's. draft_prompts,
+    draft_read: the prompts as the draft model's layout lays them, where it lays media otherwise. Raises InputError.
 
     Greedy gives decode.generate's answers, but where two logits tie within the rounding of a pass over T = k + 1
     positions in place of 1.
@@ -79,13 +82,15 @@ def generate(
     if not prompts:
         return [], Counts(*[jnp.zeros(0, jnp.int32)] * 3)
     plain.check_stop(stop)
-    law = Law(sampling, trained.tokenizer.ends)
+    plain.check_second(sampling, prompts, negative)
+    law = Law(sampling, trained.tokenizer.ends, tuple(logits_processor))
     keys = plain.keys_of(seeds, len(prompts))
-    room = plain.rooms(trained, prompts, max_new_tokens)
+    room = plain.rooms(trained, prompts, max_new_tokens, second=negative)
     looks = isinstance(draft, Lookup)
     k = draft.prompt_lookup_num_tokens if looks else num_assistant_tokens
     new = plain.rounded(max(room), plain.BLOCK)
-    logits, cache, there = plain.begin(trained, prompts, read, slots(0, new, k))
+    logits, cache, there = plain.begin(trained, [*prompts, *negative], read, slots(0, new, k))
+    there = there.reshape(-1, len(prompts)).all(axis=0)
     draft_cache = None
     if not looks:
         check(trained, draft, () if draft_prompts else prompts)
@@ -133,9 +138,9 @@ def _words(tokenizer) -> list:
 
 @functools.partial(jax.jit, static_argnames="law", donate_argnames=("cache", "draft_cache"))
 def begin(logits, cache, draft_cache, past: sample.History, limit, done, keys, law: Law) -> State:
-    """-> the State with the first token drawn. logits [B,V]: behind the prompts, which past and both caches hold; past
-    has room for k + 1 tokens behind `limit` [B], the longest that a row may become; keys [B]."""
-    token = law.draw(fold(keys, past.length), law(logits, past))
+    """-> the State with the first token drawn. logits [law.parts*B,V]: behind the prompts, which past and both caches
+    hold; past has room for k + 1 tokens behind `limit` [B], the longest that a row may become; keys [B]."""
+    token = law.draw(fold(keys, past.length), law(law.guided(logits), past))
     state = State(past, done, cache, draft_cache, Counts(*[jnp.zeros_like(past.length)] * 3))
     return _append(state, token[:, None], jnp.ones_like(past.length), limit, law.end)[0]
 
@@ -163,15 +168,16 @@ def decode(model: GPT4V, params, draft: GPT4V | Lookup, draft_params, state: Sta
             tokens, q, draft_cache = propose(draft, draft_params, past, state.draft_cache, round_keys, k, law)
             count = jnp.full_like(past.length, k)
         said = jnp.concatenate([past.back(1)[:, None], tokens], axis=1)
-        logits, cache = plain.extend(model, params, said, state.cache)
-        accepted, token = verify(law.along(logits, past, tokens), q, tokens, count, fold(round_keys, k), law)
+        logits, cache = plain.extend(model, params, jnp.tile(said, (law.parts, 1)), state.cache)
+        p = law.along(law.guided(logits), past, tokens)
+        accepted, token = verify(p, q, tokens, count, fold(round_keys, k), law)
         at = jnp.arange(k + 1)
         found = jnp.where(at < accepted[:, None], jnp.pad(tokens, ((0, 0), (0, 1))), token[:, None])
         after, taken = _append(state, found, accepted + 1, limit, law.end)
         live = ~state.done
         added = Counts(live * count, jnp.minimum(accepted, taken), live)
         return n + 1, after.replace(
-            cache=kept(state.cache, cache, taken, k + 1),
+            cache=kept(state.cache, cache, jnp.tile(taken, law.parts), k + 1),
             draft_cache=None if draft_cache is None else kept(state.draft_cache, draft_cache, taken, k + 1),
             counts=Counts(*(old + new for old, new in zip(state.counts, added, strict=True))),
         )

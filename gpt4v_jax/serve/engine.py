@@ -101,8 +101,7 @@ class Engine:
         room = min(request.max_new_tokens, self.trained.layout.context - len(request.prompt))
         matcher = None
         if request.grammar:
-            continues = not self.trained.chats and not request.prompt.source
-            matcher = constrain.Matcher(request.grammar, self.trained.tokenizer, continues)
+            matcher = decode.matcher(self.trained, request.prompt, request.grammar)
         watched = matcher or request.stop or request.logprobs is not None
         bursts = not watched and laws.keys() <= set(slots_lib.DRAWS)
         with self._lock:
@@ -302,7 +301,7 @@ class Engine:
         self.counts["steps_total"] += len(told)
         self._pace = (time.monotonic() - began) / len(told)
         for new, (row, ticket) in itertools.product(told, enumerate(rows)):
-            if ticket and self._told(ticket, new, row):
+            if ticket and not ticket.gone and self._told(ticket, new, row):
                 self._rows.leave(row)
 
     def _at_once(self) -> int:

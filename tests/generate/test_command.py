@@ -153,8 +153,6 @@ def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch)
     (["--prompt=x", "--prompt_lookup_num_tokens=0"], "prompt_lookup_num_tokens=0 must be 1"),
     (["--prompt=x", "--chat"], "--prompt does not go with --chat"),
     (["--prompt=x", "--negative_prompt=x"], "of --guidance_scale, which is not given"),
-    (["--prompt=x", "--num_beams=2", "--guidance_scale=2"], "--guidance_scale does not go with --num_beams"),
-    (["--prompt=x", "--prompt_lookup_num_tokens=2", "--guidance_scale=2"], "does not go with speculative decoding"),
 ])  # fmt: skip
 def test_bad_input(args, message, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
     (tmp_path / "text.png").write_text("no picture")

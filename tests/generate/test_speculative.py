@@ -314,7 +314,7 @@ def test_a_draft_that_lays_media_otherwise():
 
 @pytest.mark.parametrize("values, named", [
     ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
-    ({"sampling": sample.Sampling(guidance_scale=2.0)}, "guidance_scale=2.0 does not go with"),
+    ({"sampling": sample.Sampling(guidance_scale=2.0)}, "guidance_scale=2.0 with 0 second prompts"),
     ({"stop": ["a", ""]}, "a stop string is empty"), ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
 ])  # fmt: skip
 def test_values_that_mean_nothing(values, named):
