@@ -162,11 +162,13 @@ def _check_ways() -> None:
             if flag.present:
                 raise config.InputError(f"--{flag.name} does not go with {way}: leave one of them out")
     for flag, needed, there in (
-        (_NEGATIVE, "--guidance_scale", guided[1].present), (_LENGTH_PENALTY, "--num_beams", _BEAMS.value != 1),
-        (_EARLY, "--num_beams", _BEAMS.value != 1), (_ASSISTANT_TOKENS, "--assistant_model", _ASSISTANT.present),
+        (_NEGATIVE, "--guidance_scale", guided[1].value not in (None, 1)),
+        (_LENGTH_PENALTY, "--num_beams", _BEAMS.value != 1), (_EARLY, "--num_beams", _BEAMS.value != 1),
+        (_ASSISTANT_TOKENS, "--assistant_model", _ASSISTANT.present),
     ):  # fmt: skip
         if flag.present and not there:
-            raise config.InputError(f"--{flag.name} says something of {needed}, which is not given")
+            raise config.InputError(f"--{flag.name} says something of {needed}, which is off: set it, or leave "
+                                     f"--{flag.name} out")  # fmt: skip
 
 
 def _generate(trained: workdir.Trained, prompt: chat.Document, read, sampling: sample.Sampling, seed: int, **more):

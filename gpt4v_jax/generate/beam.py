@@ -94,7 +94,8 @@ def generate(
     `search`'s. What sampling, guidance and processors change of logits is applied to log-probabilities, as there. With
     a temperature candidates are drawn, by one seed a prompt; a beam's score is the sum of what it was drawn by, which
     temperature has divided. A stop string finishes a beam as an end token does, and so does all that a grammar allows.
-    """
+    logits_processor: its rows are beams, num_beams of the first prompt, then of the second ...; they are not told apart
+    by more than their History."""
     if not prompts:
         return []
     decode.check_second(sampling, prompts, negative)
@@ -167,7 +168,7 @@ class _Places:
     def __init__(self, trained: Trained, prompts: Sequence[chat.Document], grammar: constrain.Grammar):
         self._vocab = trained.run.model.vocab
         self._first = {(i, ()): decode.matcher(trained, p, grammar) for i, p in enumerate(prompts)}
-        self._known = dict(self._first)
+        self._known: dict[tuple[int, tuple[int, ...]], constrain.Matcher | None] = dict(self._first)
 
     def empty(self, i: int) -> bool:
         """-> whether only the empty text matches, and no token ends it."""
@@ -175,25 +176,33 @@ class _Places:
 
     def complete(self, i: int, tokens: tuple[int, ...]) -> bool:
         """-> whether nothing but an end may follow."""
-        return self.empty(i) or self._at(i, tokens).finished
+        place = self._at(i, tokens)
+        return self.empty(i) or place is not None and place.finished
 
     def allowed(self, live, sums, open) -> np.ndarray:
         """`search`'s `allowed`."""
         B, W = sums.shape
         which = [(i, w) for i in range(B) for w in range(W)]
-        searched = {(i, w): tuple(live[i, w][live[i, w] >= 0].tolist())
+        searched = {(i, w): (i, tuple(live[i, w][live[i, w] >= 0].tolist()))
                     for i, w in which if open[i] and sums[i, w] > -np.inf and not self.empty(i)}  # fmt: skip
-        found = {place: self._at(place[0], tokens) for place, tokens in searched.items()}
-        self._known = self._first | {(place[0], tokens): found[place] for place, tokens in searched.items()}
-        return constrain.masks([found.get(place) for place in which], self._vocab)
+        found = {beam: self._at(*place) for beam, place in searched.items()}
+        self._known = self._first | {place: found[beam] for beam, place in searched.items()}
+        masks = constrain.masks([found.get(beam) for beam in which], self._vocab)
+        masks[[beam in found and found[beam] is None for beam in which]] = False
+        return masks
 
-    def _at(self, i: int, tokens: tuple[int, ...]) -> constrain.Matcher:
+    def _at(self, i: int, tokens: tuple[int, ...]) -> constrain.Matcher | None:
+        """-> a beam's place; None: it cannot go on, though others may."""
         n = next(n for n in range(len(tokens), -1, -1) if (i, tokens[:n]) in self._known)
         found = self._known[i, tokens[:n]]
-        if n < len(tokens):
+        if n < len(tokens) and found is not None and not self.empty(i):
             found = found.copy()
-            for token in tokens[n:]:
-                found.advance(token)
+            try:
+                for token in tokens[n:]:
+                    found.advance(token)
+                found.allowed()  # is remembered
+            except config.InputError:
+                found = None
             self._known[i, tokens] = found
         return found
 

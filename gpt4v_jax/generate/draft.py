@@ -50,6 +50,9 @@ class Law:
         rules = sample.rules([self.sampling], logits.shape[1])
         rules = {name: jnp.broadcast_to(x, (len(logits), *x.shape[1:])) for name, x in rules.items()}
         x = sample.processed(logits, past, rules, self.end)
+        if self.processors:  # what lies behind may be proposals that were not taken
+            there = jnp.arange(past.tokens.shape[1]) < past.length[:, None]
+            past = past.replace(tokens=jnp.where(there, past.tokens, 0))
         for process in self.processors:
             x = process(past, x)
         if self.sampling.temperature:

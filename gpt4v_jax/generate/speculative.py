@@ -73,7 +73,8 @@ def generate(
 
     draft: another model of the same vocabulary, or prompt lookup; num_assistant_tokens: what a model proposes in a
     round. seeds: one a prompt; sampling, stop, negative, logits_processor: decode.generate's. draft_prompts,
-    draft_read: the prompts as the draft model's layout lays them, where it lays media otherwise. Raises InputError.
+    draft_read: the prompts as the draft model's layout lays them, where it lays media otherwise. A processor's rows are
+    the prompts', or num_assistant_tokens + 1 of each, side by side. Raises InputError.
 
     Greedy gives decode.generate's answers, but where two logits tie within the rounding of a pass over T = k + 1
     positions in place of 1.

@@ -1,8 +1,8 @@
 """Continuous batching (Yu et al. 2022, Orca): requests share the rows of one cache, each for as long as it lasts.
 
-One thread owns the device. Each turn of it reads one chunk of the next prompt, and one token for every row in use. An
-answer does not depend, to the bit, on who else is there. Nor may one user's prompts hold up the others' answers for
-long: SHARE.
+One thread owns the device. Each turn of it reads one chunk of the next prompt, and draws a token for every row in use,
+or several (`_at_once`). An answer does not depend, to the bit, on who else is there. Nor may one user's prompts hold up
+the others' answers for long: SHARE.
 """
 
 import collections
@@ -46,7 +46,8 @@ class Ticket:
         self.cached = 0
 
     def cancel(self) -> None:
-        """Ends it at the next token, frees its row; the last Delta says "cancelled". From any thread, at any time."""
+        """Ends it and frees its row before more is drawn, that is after a step, or a burst; the last Delta says
+        "cancelled". From any thread, at any time."""
         self.gone = True
         self._wake()
 
@@ -76,7 +77,7 @@ class Engine:
         self._rows = rows_lib.Rows(trained, slots)
         self._filling: tuple[Ticket, Iterator] | None = None
         self._pause = "", 0.0  # whose chunk was read last, and until when the next one of the same user waits
-        self._pace = LONGEST_BURST  # seconds that a step takes
+        self._pace = LONGEST_BURST  # seconds a token that the last burst took
         self._lock = threading.Condition()
         self._closing: float | None = None  # when what runs is cut
         self._rules_of, self._rules = None, {}
@@ -284,40 +285,42 @@ class Engine:
 
     def _step(self) -> None:
         """The next token of every row, or several. The device computes on while the texts are looked at here."""
-        most, vocab, began = self._at_once(), self.trained.run.model.vocab, time.monotonic()
-        self._rows.prepare(most)
+        burst, vocab = self._at_once(), self.trained.run.model.vocab
+        self._rows.prepare(max(burst, 1))
         live, rows = self._rows.live, self._rows.who
         samplings = tuple(t.request.sampling if t else decode.GREEDY for t in rows)
         if samplings != self._rules_of:
             self._rules_of, self._rules = samplings, slots_lib.rules_of(samplings, vocab)
-        if most > 1:
-            told = [decode.Told(tokens) for tokens in self._rows.burst(self._rules, most).T]
+        if burst:
+            began = time.monotonic()
+            told = decode.Told(self._rows.burst(self._rules, burst))
+            self._pace = (time.monotonic() - began) / told.tokens.shape[1]
         else:
             allowed = None
             if any(t.matcher for t in live):
                 allowed = constrain.masks([t.matcher if t else None for t in rows], vocab)
-            best = MOST_LOGPROBS if any(t.request.logprobs is not None for t in live) else None
-            told = [jax.tree.map(np.asarray, self._rows.step(self._rules, allowed, best))]
-        self.counts["steps_total"] += len(told)
-        self._pace = (time.monotonic() - began) / len(told)
-        for new, (row, ticket) in itertools.product(told, enumerate(rows)):
-            if ticket and not ticket.gone and self._told(ticket, new, row):
+            most = MOST_LOGPROBS if any(t.request.logprobs is not None for t in live) else None
+            told = jax.tree.map(np.asarray, self._rows.step(self._rules, allowed, most))
+            told = told.replace(tokens=told.tokens[:, None])
+        self.counts["steps_total"] += told.tokens.shape[1]
+        for row, ticket in enumerate(rows):
+            if ticket and self._told(ticket, told, row):
                 self._rows.leave(row)
 
     def _at_once(self) -> int:
-        """-> how many tokens to draw before they are told: several while every row is taken, for nobody can come in
-        before one of them ends."""
+        """-> how many tokens a burst is to draw of each row, 0: none, but a step. Bursts are for when every row is
+        taken: nobody can come in before one of them ends, and then it does."""
         live = self._rows.live
         if not self._rows.bursts or len(live) < self.slots or not all(t.bursts for t in live):
-            return 1
+            return 0
         left = min(t.room - len(t.tokens) for t in live)
-        return max(1, min(left, rows_lib.BURST, int(LONGEST_BURST / self._pace)))
+        return max(1, min(left, rows_lib.BURST, int(LONGEST_BURST / max(self._pace, 1e-6))))
 
     def _told(self, ticket: Ticket, told: decode.Told, row: int) -> bool:
         """Tells what is new of an answer -> whether it has ended."""
-        r, token = ticket.request, int(told.tokens[row])
-        ticket.tokens.append(token)
-        complete = False
+        r, before, complete = ticket.request, len(ticket.tokens), False
+        ticket.tokens += told.tokens[row].tolist()
+        token = ticket.tokens[-1]
         if ticket.matcher and token >= 0:
             if error := self._grammar_error(ticket, token):
                 self._end(ticket, "error", error)
@@ -326,10 +329,10 @@ class Engine:
         text, n, finish = decode.ended(self.trained, r.prompt, ticket.tokens, ticket.room, r.stop, complete)
         safe = text if finish else text[: len(text) - _unsure(text, r.stop)]
         new, ticket.sent = safe[ticket.sent :], max(ticket.sent, len(safe))
-        more, said = {}, n == len(ticket.tokens)  # else it is an end token, or none
+        more, said = {}, ticket.tokens[before:n]  # not an end token
         if said:
-            more["tokens"] = (token,)
-            self.counts["tokens_total"] += 1
+            more["tokens"] = tuple(said)
+            self.counts["tokens_total"] += len(said)
         if r.logprobs is not None and token >= 0:
             best, logprob = (slice(row, row + 1), slice(r.logprobs)), float(told.logprobs[row])
             top = decode.pairs(told.top[best], told.top_logprobs[best])

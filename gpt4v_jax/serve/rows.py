@@ -98,7 +98,7 @@ class Rows:
     def prepare(self, tokens: int = 1) -> None:
         """Makes room for so many tokens in every row, at most BURST. It may change which rows there are."""
         full = [s for s in self.seats if s and (s.length + tokens - 1) // slots.PAGE >= len(s.pages)]
-        self._fit(0, len(full))
+        self._fit(0, len(full), steps=tokens)
         given = self._unused()[: len(full)]
         for seat, page in zip(full, given, strict=True):
             seat.pages.append(page)
@@ -116,6 +116,7 @@ class Rows:
     def burst(self, rules: sample.Rules, limit: int) -> np.ndarray:
         """-> tokens [R,n] that as many steps would tell: `limit` of each row, fewer where one of them ends a row. The
         host need not look at each, which on a CPU it would do on the cores that compute."""
+        assert limit <= BURST <= slots.PAGE, "a burst has one page more of each row"
         model, params, ends = self.trained.model, self.trained.params, self.trained.tokenizer.ends
         tokens, n, self.state = slots.burst(model, params, self.state, rules, ends, self._table(), limit, BURST)
         tokens = np.asarray(tokens)[:, : int(n)]
@@ -134,10 +135,10 @@ class Rows:
         used = {page for seat in self.seats if seat for page in seat.pages}
         return [page for page in range(self.pages) if page not in used]
 
-    def _fit(self, more_rows: int, more_pages: int, memory: int | None = None) -> None:
+    def _fit(self, more_rows: int, more_pages: int, memory: int | None = None, steps: int = 1) -> None:
         """Grows at once where it must; shrinks when steps have read in vain for as long as it takes to move the rest.
 
-        memory: of who comes; None: nobody does.
+        memory: of who comes; None: nobody does, and so many steps follow.
         """
         seats, had = [seat for seat in self.seats if seat], (len(self.seats), self.pages, self.memory)
         need = sum(len(seat.pages) for seat in seats) + more_pages
@@ -149,7 +150,7 @@ class Rows:
                 goal = least
             elif memory is None:
                 vain = ROW * (had[0] - rows) + had[1] - pages
-                self._vain = self._vain + vain if vain else 0
+                self._vain = self._vain + vain * steps if vain else 0
                 if self._vain <= COPY * pages:
                     return
             else:
@@ -184,7 +185,7 @@ class Rows:
         self.page_sizes = [n for n in self.page_sizes if same(self.most, n)]
         powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
         self.sizes = [*(n for n in powers if all(same(n, pages) for pages in self._enough(n))), self.most]
-        self.bursts = all(self._same_bursts(noise, pages, law) for pages in self.page_sizes for law in LAWS)
+        self.bursts = all(self._same_bursts(pages, law) for pages in self.page_sizes for law in LAWS)
 
     @property
     def _each(self) -> int:
@@ -196,9 +197,9 @@ class Rows:
         """-> the slots that each row of _noise has read into."""
         return (self._each - 1) * slots.PAGE + slots.PAGE // 2
 
-    def _noise(self) -> slots.State:
+    def _noise(self, seed: int = 0) -> slots.State:
         """-> a state of all rows that have read something, no matter what. Page n of row r is n * most + r."""
-        model, drawn = self.trained.model, np.random.default_rng(0)
+        model, drawn = self.trained.model, np.random.default_rng(seed)
         pages = next(n for n in self.page_sizes if n >= self._each * self.most)
         reads = model.config.decoder.count(*config.READS)
         state = slots.empty(model, self.most, pages, self.trained.layout.context)
@@ -229,15 +230,22 @@ class Rows:
         told = [part.step(rules, None, MOST_LOGPROBS) for _ in range(3)]
         return [np.asarray(x)[: len(part.live)] for x in jax.tree.leaves((told, part.state.hidden))]
 
-    def _same_bursts(self, noise: slots.State, pages: int, law: sample.Sampling) -> bool:
-        """-> whether a burst tells and leaves what steps do."""
+    def _same_bursts(self, pages: int, law: sample.Sampling) -> bool:
+        """-> whether a burst of three tokens tells and leaves what three steps do."""
         rules = slots.rules_of([law] * self.most, self._vocab)
+        for seed in range(20):  # until no token ends a row, and the burst
+            noise = self._noise(seed)
+            part = self._part(noise, self.most, pages)
+            tokens = part.burst(rules, 3)
+            if tokens.shape[1] == 3:
+                break
+        else:
+            return False
+        found = jax.tree.map(np.asarray, (tokens, part.state.hidden, slots.in_pages(part.state.cache)))
         part = self._part(noise, self.most, pages)
-        tokens, hidden = part.burst(rules, 3), np.asarray(part.state.hidden)
-        part = self._part(noise, self.most, pages)
-        told = np.stack([part.step(rules).tokens for _ in range(tokens.shape[1])], axis=1)
-        held, pairs = len(part.live), ((told, tokens), (part.state.hidden, hidden))
-        return all(np.array_equal(x[:held], y[:held]) for x, y in pairs)
+        told = np.stack([part.step(rules).tokens for _ in range(3)], axis=1)
+        expected = jax.tree.map(np.asarray, (told, part.state.hidden, slots.in_pages(part.state.cache)))
+        return all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
 
     def compile(self, cache: attention.Cache) -> Iterator[tuple[str, Callable[[], None]]]:
         """-> what is to be compiled for each number of rows and of pages, and what compiles it. cache: that

@@ -41,19 +41,20 @@ def empty(model: GPT4V, rows: int, pages: int, longest: int) -> State:
     c = model.config
     pool = attention.empty_cache(c.decoder, pages, PAGE, c.axes)
     none = jnp.zeros(rows, jnp.int32)
-    cache = attention.empty_cache(c.decoder, rows, 0, c.axes).replace(cursor=none, **_pool(pool))
+    cache = attention.empty_cache(c.decoder, rows, 0, c.axes).replace(cursor=none, **in_pages(pool))
     past = sample.History(jnp.zeros((rows, longest), jnp.int32), none, none)
     return State(jnp.zeros((rows, c.backbone.width)), cache, past, jax.vmap(jax.random.key)(none))
 
 
-def _pool(cache: attention.Cache) -> dict[str, Any]:
+def in_pages(cache: attention.Cache) -> dict[str, Any]:
+    """-> what lies in pages."""
     return {name: getattr(cache, name) for name in attention.IN_SLOTS}
 
 
 def _apart(state: State) -> tuple[dict[str, Any], State]:
     """-> (what lies in pages, what lies in rows): programs of one do not depend on how many there are of the other."""
     none = dict.fromkeys(attention.IN_SLOTS)
-    return _pool(state.cache), state.replace(cache=state.cache.replace(**none))
+    return in_pages(state.cache), state.replace(cache=state.cache.replace(**none))
 
 
 def _joined(pool: dict[str, Any], rows: State) -> State:
@@ -99,7 +100,7 @@ def admit(state: State, row, pages, hidden, cache: attention.Cache, tokens, leng
     prefix.filled makes them; tokens [L], the prompt's, `length` of them."""
     pool, rows = _apart(state)
     beside = cache.replace(cursor=jnp.atleast_1d(cache.cursor), **dict.fromkeys(attention.IN_SLOTS))
-    return _joined(_pasted(pool, _pool(cache), pages), _seated(rows, row, hidden, beside, tokens, length, key))
+    return _joined(_pasted(pool, in_pages(cache), pages), _seated(rows, row, hidden, beside, tokens, length, key))
 
 
 @functools.partial(jax.jit, donate_argnames="pool")

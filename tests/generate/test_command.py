@@ -72,6 +72,16 @@ def test_flags_reach_the_sampling(folder, capsys, monkeypatch):  # noqa: F811
         assert status == 0 and out != plain, flag
 
 
+def test_ways_heed_grammars_and_guidance(folder, capsys, monkeypatch):  # noqa: F811
+    asked = [f"--workdir={folder}", "--prompt=where is the red digit?", "--max_new_tokens=8", "--record=test:3"]
+    for way in ("--num_beams=2", "--prompt_lookup_num_tokens=2"):
+        plain = say(capsys, monkeypatch, *asked, way)[1]
+        status, out, _ = say(capsys, monkeypatch, *asked, way, "--guidance_scale=-30", "--negative_prompt=what is it?")
+        assert status == 0 and out.splitlines()[-1] != plain.splitlines()[-1], way
+    status, out, _ = say(capsys, monkeypatch, *asked, "--num_beams=2", "--regex=(dig){2}")
+    assert status == 0 and "answer:   digdig" in out
+
+
 def test_weights_of_8_bits(folder, capsys, monkeypatch):  # noqa: F811
     plain, seen = decode.generate, []
 
@@ -152,7 +162,9 @@ def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch)
     (["--prompt=x", "--prompt_lookup_num_tokens=2", "--assistant_model=x"], "does not go with --assistant_model"),
     (["--prompt=x", "--prompt_lookup_num_tokens=0"], "prompt_lookup_num_tokens=0 must be 1"),
     (["--prompt=x", "--chat"], "--prompt does not go with --chat"),
-    (["--prompt=x", "--negative_prompt=x"], "of --guidance_scale, which is not given"),
+    (["--prompt=x", "--negative_prompt=x"], "of --guidance_scale, which is off: set it"),
+    (["--prompt=x", "--negative_prompt=x", "--guidance_scale=1"], "of --guidance_scale, which is off"),
+    (["--prompt=x", "--num_beams=2", "--prompt_lookup_num_tokens=2"], "does not go with --num_beams"),
 ])  # fmt: skip
 def test_bad_input(args, message, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
     (tmp_path / "text.png").write_text("no picture")

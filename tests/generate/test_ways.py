@@ -6,6 +6,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from gpt4v_jax import config
 from gpt4v_jax.data import tokenizer as tokenizer_lib
@@ -164,6 +165,25 @@ def test_drawn_beams_keep_to_a_grammar(spelling):
     assert texts <= {"abc", "cab", "dad", "bee"} and len(texts) > 2
 
 
+def test_a_beam_that_cannot_go_on_takes_no_other_along(monkeypatch):
+    """One in a dead end, where no token writes what must come: the others say what there is."""
+    letters = tokenizer_lib.train("char", ["".join(sorted(LETTERS))], 0).inner
+    trained = dataclasses.replace(make(context=64, size=0), tokenizer=tokenizer_lib.Tokenizer(letters, ("x",)))
+    asked = [prompts_lib.prompt(trained, "ab")]
+    real = constrain.Matcher.advance
+
+    def advance(matcher, token):
+        real(matcher, token)
+        matcher.text = (*getattr(matcher, "text", ()), token)
+        if trained.tokenizer.decode(matcher.text).startswith("da"):
+            raise config.InputError("no text that this tokenizer writes matches it")
+
+    monkeypatch.setattr(constrain.Matcher, "advance", advance)
+    found = beam.generate(trained, asked, None, 8, 3, num_return_sequences=3,
+                          grammar=constrain.choices(["abc", "cab", "dad"]))  # fmt: skip
+    assert {a.text for a in found if a.finish == "stop"} == {"abc", "cab"} and found[-1].finish == "forbidden"
+
+
 def test_only_the_empty_text_matches():
     """... and no token ends it."""
     letters = tokenizer_lib.train("char", ["".join(sorted(LETTERS))], 0).inner
@@ -191,20 +211,49 @@ def test_greedy_speculation_says_what_decode_does(name, proposer):
     assert 0 < counts.accepted.sum() < counts.drafted.sum()
 
 
-def test_drawn_speculation_obeys_processors_and_guidance():
-    """Between each two tokens, whoever proposed them. The first token follows the guided law."""
+def test_drawn_speculation_obeys_processors():
+    """Between each two tokens, whoever proposed them; and what lies behind the text is 0, as decode has it."""
     trained = make(context=64)
-    law, prompt, second = dataclasses.replace(GUIDED, temperature=1.0), ask(trained, "abcabc"), ask(trained, "e")
-    found, _ = speculative.generate(trained, [prompt] * 40, None, 12, noisy(trained, 0.1), 3, law, range(40),
-                                    negative=[second] * 40, logits_processor=[no_neighbours])  # fmt: skip
+
+    def process(past, logits):
+        behind = jnp.arange(past.tokens.shape[1]) >= past.length[:, None]
+        return jnp.where((past.tokens * behind).any(axis=1)[:, None], jnp.nan, no_neighbours(past, logits))
+
+    prompt = ask(trained, "abcabc")
+    found, counts = speculative.generate(trained, [prompt] * 20, None, 12, noisy(trained, 0.1), 3,
+                                         sample.Sampling(1.0), range(20), logits_processor=[process])  # fmt: skip
     for answer in found:
-        said = np.array([*prompt.tokens[-1:], *answer.tokens])
-        assert (np.abs(np.diff(said)) > 2).all()
-    plain = decode.generate(trained, [prompt] * 40, None, 1, law, range(40), negative=[second] * 40,
-                            logits_processor=[no_neighbours], output_scores=True)  # fmt: skip
-    least = np.sort(plain[0].scores[0])[tiny.VOCAB // 4]
-    share = np.mean([plain[0].scores[0][a.tokens[0]] > least for a in found])
-    assert share > 0.6, "tokens that guidance makes improbable are rare"
+        assert (np.abs(np.diff([*prompt.tokens[-1:], *answer.tokens])) > 2).all() and len(answer.tokens) == 12
+    assert 0 < counts.accepted.sum() < counts.drafted.sum()
+
+
+def test_drawn_speculation_follows_the_guided_law():
+    """4,000 draws of two tokens, of which a draft model that is not guided proposes the second."""
+    trained, rows, law = make(context=64, tied=False, size=0), 4000, dataclasses.replace(GUIDED, temperature=1.0)
+    ids, other = [8, 9, 29, 12, 8, 9], [12, 25]
+    asked, second = prompts_lib.plain(ids), prompts_lib.plain(other)
+    found, counts = speculative.generate(trained, [asked] * rows, None, 2, noisy(trained, 0.3), 2, law, range(rows),
+                                         negative=[second] * rows)  # fmt: skip
+    drawn = np.array([a.tokens for a in found])
+
+    def probabilities(guided: bool, said):
+        """-> [n,V] after each list of tokens."""
+        more = answers([prompts_lib.plain(ids + s) for s in said],
+                       [prompts_lib.plain(other + s) for s in said] if guided else ())  # fmt: skip
+        scores = [a.scores[0] for a in decode.generate(trained, max_new_tokens=1, output_scores=True, **more)]
+        return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+
+    def p_value(guided: bool) -> float:
+        each = probabilities(guided, [[t] for t in range(tiny.VOCAB)])
+        expected = (probabilities(guided, [[]]).T * each).ravel().astype(np.float64) * rows
+        seen = np.bincount(drawn[:, 0] * tiny.VOCAB + drawn[:, 1], minlength=tiny.VOCAB**2)
+        often = expected >= 5
+        pooled = [np.append(x[often], x[~often].sum()) for x in (seen, expected / expected.sum() * rows)]
+        assert len(pooled[0]) > 5
+        return stats.chisquare(*pooled).pvalue
+
+    assert p_value(True) > 1e-4 and p_value(False) < 1e-9
+    assert (np.bincount(counts.accepted, minlength=2) > 100).all()
 
 
 def test_guidance_needs_its_second_prompts():

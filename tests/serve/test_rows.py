@@ -37,7 +37,7 @@ def seat(rows, who, length, seed=0, more=0):
 
 def step(rows, law=DRAWN) -> dict:
     """-> the token of each who has a row."""
-    rows.prepare()
+    rows.prepare(1)
     told = rows.step(slots_lib.rules_of([law] * len(rows.seats), 64))
     return {who: int(told.tokens[i]) for i, who in enumerate(rows.who) if who is not None}
 
@@ -182,6 +182,26 @@ def test_few_rows_are_stepped_while_few_are_in_use(trained, monkeypatch):
         step(rows)
         steps += 1
     assert len(rows.seats) == 2 and rows.live == ["a"] and 1 < steps < 10
+
+
+def test_bursts_shrink_as_steps_do(trained, monkeypatch):
+    """After as many tokens, but for a burst."""
+    monkeypatch.setattr(rows_lib, "COPY", 30)
+
+    def shrunk(at_once: int) -> int:
+        rows = rows_lib.Rows(trained, 2)
+        rows.sizes = [2]
+        seat(rows, "a", 50, 1)
+        seat(rows, "b", 3, 2)
+        rows.leave(0)
+        had = rows.pages
+        for n in range(0, 64, at_once):
+            rows.prepare(at_once)
+            if rows.pages < had:
+                return n
+            rows._grow(at_once)
+
+    assert shrunk(1) > 8 and abs(shrunk(4) - shrunk(1)) <= 4
 
 
 def test_decode_and_pages_say_the_same(trained):
