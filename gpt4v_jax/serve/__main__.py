@@ -10,6 +10,8 @@ import ipaddress
 import logging
 import os
 import socket
+import threading
+import time
 import sys
 from pathlib import Path
 
@@ -50,6 +52,16 @@ _WARM = flags.DEFINE_bool("warm", True, "compile before listening what texts wil
 LEAST_KEY = 16  # characters: shorter ones are guessed
 
 
+def _give_back() -> None:
+    """Returns what was freed to the system, now and then: glibc keeps it, much of compiling and some of every large
+    body."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        trim = ctypes.CDLL(None).malloc_trim
+        while True:
+            trim(0)
+            time.sleep(10)
+
+
 def main() -> None:
     config.at_least(1, slots=_SLOTS.value, queued=_QUEUED.value, max_body=_MAX_BODY.value,
                     connections=_CONNECTIONS.value)  # fmt: skip
@@ -75,8 +87,7 @@ def main() -> None:
     engine = Engine(trained, _SLOTS.value, _QUEUED.value, _PREFIX_BYTES.value)
     for what in engine.warm() if _WARM.value else ():
         print(f"compiles {what}", flush=True)
-    with contextlib.suppress(AttributeError, OSError):  # glibc keeps what compiling has freed, which is much
-        ctypes.CDLL(None).malloc_trim(0)
+    threading.Thread(target=_give_back, name="memory", daemon=True).start()
     host, port = listening.getsockname()[:2]
     reads = ", ".join(["text", *(name for name in ("image", "video", "audio") if trained.layout.reads(name))])
     print(f"{settings.name}: step {trained.step}, {reads}; http://{f'[{host}]' if ':' in host else host}:{port}/v1",
