@@ -10,9 +10,9 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import threading
 import time
-import sys
 from pathlib import Path
 
 from absl import flags
