@@ -4,8 +4,6 @@ python -m gpt4v_jax.serve --workdir runs/digits_world
 python -m gpt4v_jax.serve --workdir runs/digits_world --host 0.0.0.0 --api_keys keys.txt
 """
 
-import contextlib
-import ctypes
 import ipaddress
 import logging
 import os
@@ -19,6 +17,7 @@ from absl import flags
 
 from gpt4v_jax import command, config
 from gpt4v_jax.generate import weights
+from gpt4v_jax.interop.folder import trim
 from gpt4v_jax.serve import api, guards, protocol
 from gpt4v_jax.serve import moderation as moderation_lib
 from gpt4v_jax.serve.engine import Engine
@@ -53,13 +52,10 @@ LEAST_KEY = 16  # characters: shorter ones are guessed
 
 
 def _give_back() -> None:
-    """Returns what was freed to the system, now and then: glibc keeps it, much of compiling and some of every large
-    body."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        trim = ctypes.CDLL(None).malloc_trim
-        while True:
-            trim(0)
-            time.sleep(10)
+    """Returns freed memory to the system, now and then: much of compiling, and some of every large body."""
+    while True:
+        trim()
+        time.sleep(10)
 
 
 def main() -> None:
