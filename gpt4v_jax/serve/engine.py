@@ -27,7 +27,7 @@ from gpt4v_jax.serve.requests import MOST_LOGPROBS, Busy, Delta, Request, Tell
 from gpt4v_jax.training.workdir import Trained
 
 SHARE = 0.25  # of the time may go to chunks of one user's prompts, while others' rows go on and nobody else waits
-LONGEST_BURST = 0.25  # seconds: who leaves has a row for so long
+LONGEST_BURST = 0.25  # seconds, about: who leaves has a row for so long
 LONGEST_PAUSE = 8.0  # seconds: of a chunk that takes more than a quarter of it most have been compiled
 
 log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class Engine:
             self._filling, self._old = None, cache
 
     def _step(self) -> None:
-        """The next token of every row, or several. The device computes on while the texts are looked at here."""
+        """The next token of every row, behind which the device computes on while texts are looked at here; or a burst."""
         burst, vocab = self._at_once(), self.trained.run.model.vocab
         self._rows.prepare(max(burst, 1))
         live, rows = self._rows.live, self._rows.who

@@ -37,7 +37,7 @@ def seat(rows, who, length, seed=0, more=0):
 
 def step(rows, law=DRAWN) -> dict:
     """-> the token of each who has a row."""
-    rows.prepare(1)
+    rows.prepare()
     told = rows.step(slots_lib.rules_of([law] * len(rows.seats), 64))
     return {who: int(told.tokens[i]) for i, who in enumerate(rows.who) if who is not None}
 
