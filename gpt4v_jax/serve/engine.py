@@ -284,7 +284,7 @@ class Engine:
             self._filling, self._old = None, cache
 
     def _step(self) -> None:
-        """The next token of every row, behind which the device computes on while texts are looked at here; or a burst."""
+        """The next token of every row, after which the device goes on while texts are looked at here; or a burst."""
         burst, vocab = self._at_once(), self.trained.run.model.vocab
         self._rows.prepare(max(burst, 1))
         live, rows = self._rows.live, self._rows.who
