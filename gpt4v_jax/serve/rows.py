@@ -18,6 +18,7 @@ from gpt4v_jax.serve.requests import MOST_LOGPROBS
 from gpt4v_jax.training.workdir import Trained
 
 LEAST = 8  # pages; twice, three times, four times, eight times as many ... where rows need them
+FEWEST = 4  # rows of a step: on a CPU two take as long
 ROW = 4  # pages that a step reads in the time that one row more takes it, roughly
 COPY = 6  # and in the time that one page takes to be moved
 DRAWN = sample.Sampling(1.0)
@@ -183,7 +184,7 @@ class Rows:
             return all(np.array_equal(x, y[: len(x)]) for x, y in zip(told, whole, strict=True))
 
         self.page_sizes = [n for n in self.page_sizes if same(self.most, n)]
-        powers = [2**k for k in range(1, self.most.bit_length()) if 2**k < self.most]
+        powers = [n for k in range(self.most.bit_length()) if FEWEST <= (n := 2**k) < self.most]
         self.sizes = [*(n for n in powers if all(same(n, pages) for pages in self._enough(n))), self.most]
         self.bursts = all(self._same_bursts(pages, law) for pages in self.page_sizes for law in LAWS)
 

@@ -126,7 +126,8 @@ def test_nan_stays_where_it_is(trained, whose):
 
 
 @pytest.mark.parametrize("name", tiny.fusions("concat", "cross_attention"))
-def test_numbers_of_rows_that_are_found_change_no_bit(name):
+def test_numbers_of_rows_that_are_found_change_no_bit(name, monkeypatch):
+    monkeypatch.setattr(rows_lib, "FEWEST", 2)
     trained = make(context=64, **tiny.FUSIONS[name])
     found = rows_lib.Rows(trained, 8)
     found.find_sizes()
@@ -145,6 +146,7 @@ def test_numbers_of_rows_that_are_found_change_no_bit(name):
 
 def test_sizes_are_those_that_were_the_same(trained, monkeypatch):
     """What gives one other bit is left out: a number of rows, be it among one number of pages, or a number of pages."""
+    monkeypatch.setattr(rows_lib, "FEWEST", 2)
     tried = rows_lib.Rows._tried
 
     def sizes(*others):
@@ -158,6 +160,9 @@ def test_sizes_are_those_that_were_the_same(trained, monkeypatch):
         return rows.sizes, rows.page_sizes
 
     rows, pages = sizes()
+    monkeypatch.setattr(rows_lib, "FEWEST", 4)
+    assert sizes() == ([4, 8], pages)
+    monkeypatch.setattr(rows_lib, "FEWEST", 2)
     assert rows == [2, 4, 8] and pages == [2, 4, 6, 8, 16, 32, 64]
     assert sizes(4) == sizes((4, 16)) == ([2, 8], pages)
     assert sizes((8, 16)) == (rows, [2, 4, 6, 8, 32, 64])
