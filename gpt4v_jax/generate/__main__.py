@@ -35,7 +35,7 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, f"at most so many
 _MAX_LENGTH = flags.DEFINE_integer("max_length", None, "at most so many positions, the prompt's included")
 _SEQUENCES = flags.DEFINE_integer("num_return_sequences", 1, "answers; answer i uses seed + i")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the first answer")
-_STOP = flags.DEFINE_multi_string("stop", [], "a text before which the answer ends; may be given several times")
+_STOP = flags.DEFINE_multi_string("stop_strings", [], "a text before which the answer ends; may be given several times")
 _BAD_WORDS = flags.DEFINE_multi_string("bad_words", [], "a text, blanks count, that does not come about; may be "
                                        "given several times")  # fmt: skip
 _LOGPROBS = flags.DEFINE_integer("logprobs", None, "print each token's log-probability beside so many of the best ones")
@@ -156,7 +156,7 @@ def _check_ways() -> None:
         ("--chat", _CHAT.value, (_PROMPT, _RECORD, _LOGPROBS, _SEQUENCES, _BEAMS, _LOOKUP, _ASSISTANT, *guided)),
         ("--num_beams", _BEAMS.value != 1, (_LOGPROBS, _LOOKUP, _ASSISTANT)),
         ("--assistant_model", _ASSISTANT.value is not None, (_LOOKUP,)),
-        ("speculative decoding", _speculates(), (_LOGPROBS, _SEQUENCES, _MAX_LENGTH, *grammars)),
+        ("speculative decoding", _speculates(), (_LOGPROBS, _SEQUENCES, *grammars)),
     ):
         for flag in others if chosen else ():
             if flag.present:
@@ -199,9 +199,10 @@ def _speculate(trained: workdir.Trained, prompt: chat.Document, read, sampling: 
         if prompt.media and files:  # it may lay media otherwise
             media, draft_read = prompts.attach(draft.layout, files)
             more = {"draft_prompts": [prompts.prompt(draft, _PROMPT.value, media)], "draft_read": draft_read}
-    room = decode.NEW_TOKENS if _MAX_NEW_TOKENS.value is None else _MAX_NEW_TOKENS.value
-    answers, counts = speculative.generate(trained, [prompt], read, room, draft, _ASSISTANT_TOKENS.value, sampling,
-                                           [_SEED.value], _STOP.value, negative=second, **more)  # fmt: skip
+    answers, counts = speculative.generate(
+        trained, [prompt], read, _MAX_NEW_TOKENS.value, draft, _ASSISTANT_TOKENS.value, sampling, [_SEED.value],
+        _STOP.value, max_length=_MAX_LENGTH.value, negative=second, **more,
+    )  # fmt: skip
     accepted, drafted, rounds = (int(x[0]) for x in (counts.accepted, counts.drafted, counts.rounds))
     said = len(answers[0].tokens)
     print(f"{said} tokens, {rounds + 1} passes of the model; {accepted} of {drafted} proposals accepted")

@@ -80,7 +80,7 @@ def generate(
     num_beams: int = 4,
     sampling: sample.Sampling = decode.GREEDY,
     seeds: Sequence[int] = (),
-    stop: Sequence[str] = (),
+    stop_strings: Sequence[str] = (),
     *,
     max_length: int | None = None,
     length_penalty: float = 1.0,
@@ -99,7 +99,7 @@ def generate(
     if not prompts:
         return []
     decode.check_second(sampling, prompts, negative)
-    decode.check_stop(stop)
+    decode.check_stop(stop_strings)
     room = decode.rooms(trained, prompts, max_new_tokens, max_length, negative)
     slots = decode.rounded(max(room), decode.BLOCK)
     logits, cache, there = decode.begin(trained, [*prompts, *negative], read, slots)
@@ -116,13 +116,13 @@ def generate(
                                         _Functions(tuple(logits_processor)))  # fmt: skip
 
     def stopped(i: int, tokens: tuple[int, ...]) -> bool:
-        text = decode.text_of(trained, prompts[i], tokens) if stop else ""
-        return any(s in text for s in stop) or places is not None and places.complete(i, tokens)
+        text = decode.text_of(trained, prompts[i], tokens) if stop_strings else ""
+        return any(s in text for s in stop_strings) or places is not None and places.complete(i, tokens)
 
     found = search(
         trained.model, trained.params, logits, cache, num_beams, room, ends, length_penalty, early_stopping,
-        num_return_sequences, process, keys if sampling.temperature else None, stopped if stop or places else None,
-        places.allowed if places else None, scale,
+        num_return_sequences, process, keys if sampling.temperature else None,
+        stopped if stop_strings or places else None, places.allowed if places else None, scale,
     )  # fmt: skip
     answers = []
     for i, (asked, here, most, beams) in enumerate(zip(prompts, there, room, found, strict=True)):
@@ -132,7 +132,7 @@ def generate(
         elif here:
             for beam in beams:
                 complete = places is not None and places.complete(i, beam.tokens)
-                text, n, finish = decode.ended(trained, asked, beam.tokens, most, stop, complete)
+                text, n, finish = decode.ended(trained, asked, beam.tokens, most, stop_strings, complete)
                 answers_of.append(decode.Answer(text, beam.tokens[:n], finish, sequences_score=beam.score))
         nothing = decode.Answer("", (), "forbidden" if here else "unreadable")
         answers += answers_of + [nothing] * (num_return_sequences - len(answers_of))

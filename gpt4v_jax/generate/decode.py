@@ -37,7 +37,7 @@ class Answer:
     # | forbidden: no token may follow, or no more beams are left
     logprobs: tuple[float, ...] = ()  # of the tokens, by the model itself: before bias, penalties and temperature
     top: tuple[tuple[tuple[int, float], ...], ...] = ()  # of each token: the most probable ones, (token, logprob)
-    scores: Any = None  # [n,V] float32: what each token was chosen by, after bias and penalties
+    scores: Any = None  # [n,V] float32: what each token was chosen by, after all laws, as Hugging Face's
     sequences_score: float | None = None  # of a beam: its log-probability / length ** length_penalty
 
 
@@ -49,7 +49,7 @@ class Told:
     logprobs: jax.Array | None = None  # [B,n] float32, by the model itself
     top: jax.Array | None = None  # [B,n,k] int32: the most probable tokens
     top_logprobs: jax.Array | None = None  # [B,n,k] float32
-    scores: jax.Array | None = None  # [B,n,V] float32: the processed logits
+    scores: jax.Array | None = None  # [B,n,V] float32: what they were chosen by
 
 
 Processor = Callable[[sample.History, jax.Array], jax.Array]
@@ -62,7 +62,7 @@ def generate(
     max_new_tokens: int | None = None,
     sampling: sample.Sampling = GREEDY,
     seeds: Sequence[int] = (),
-    stop: Sequence[str] = (),
+    stop_strings: Sequence[str] = (),
     *,
     max_length: int | None = None,
     num_return_sequences: int = 1,
@@ -79,7 +79,7 @@ def generate(
     negative: the second prompt of each, for sampling.guidance_scale. logits_processor: functions of (History, logits
     [B,V]) -> logits [B,V], traced once; they come behind sampling's own. grammar: what an answer must match
     (generate.constrain), asked before each token. logprobs: an answer tells its tokens' and those of so many of the
-    most probable ones. output_scores: it tells the processed logits.
+    most probable ones. output_scores: it tells the processed logits, of a drawn answer what it is drawn from.
 
     Raises InputError for values that mean nothing, and for a prompt that the model cannot read.
     """
@@ -90,7 +90,7 @@ def generate(
     if num_return_sequences > 1 and not sampling.temperature:
         raise config.InputError(f"num_return_sequences={num_return_sequences}: greedy answers are one and the same, "
                                 "set a temperature")  # fmt: skip
-    check_stop(stop)
+    check_stop(stop_strings)
     asks, second = ([p for p in given for _ in range(num_return_sequences)] for given in (prompts, negative))
     room = rooms(trained, asks, max_new_tokens, max_length, second)
     keys = keys_of(seeds, len(prompts), num_return_sequences)
@@ -127,7 +127,7 @@ def generate(
                 if grammar and of_row.tokens[-1] >= 0:
                     matchers[i].advance(int(of_row.tokens[-1]))
                     complete = matchers[i].finished  # nothing but an end may follow: it need not
-                answers[i] = _finished(trained, asks[i], of_row, room[i], stop, complete)
+                answers[i] = _finished(trained, asks[i], of_row, room[i], stop_strings, complete)
         if all(answers):
             break
     return answers
@@ -328,7 +328,7 @@ def drawn(logits, past: sample.History, keys, rules: sample.Rules, end: tuple[in
         x = jnp.where(allowed, x, -jnp.inf)
     token = sample.draw(x, jax.vmap(jax.random.fold_in)(keys, past.length - past.prompt), rules)
     token = jnp.where((x > -jnp.inf).any(axis=-1), token, -1)
-    told = Told(token, scores=x if output_scores else None)
+    told = Told(token, scores=sample.restricted(x, rules) if output_scores else None)
     if logprobs is None:
         return told
     nats = jax.nn.log_softmax(raw, axis=-1)

@@ -263,3 +263,10 @@ def draw(logits_BV, keys_B, rules: Rules):
         return best
     drawn = jax.vmap(jax.random.categorical)(keys_B, restrict(logits_BV, rules)).astype(jnp.int32)
     return jnp.where(rules["temperature"] > 0, drawn, best)
+
+
+def restricted(logits_BV, rules: Rules):
+    """`restrict` of the rows that draw; a greedy row keeps its logits."""
+    if "temperature" not in rules:
+        return logits_BV
+    return jnp.where(rules["temperature"][:, None] > 0, restrict(logits_BV, rules), logits_BV)

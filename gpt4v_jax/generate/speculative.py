@@ -57,36 +57,37 @@ def generate(
     trained: Trained,
     prompts: Sequence[chat.Document],
     read: prompts_lib.Read | None = None,
-    max_new_tokens: int = plain.NEW_TOKENS,
+    max_new_tokens: int | None = None,
     draft: Trained | Lookup = Lookup(),  # noqa: B008, frozen
     num_assistant_tokens: int = 5,
     sampling: sample.Sampling = plain.GREEDY,
     seeds: Sequence[int] = (),
-    stop: Sequence[str] = (),
+    stop_strings: Sequence[str] = (),
     draft_prompts: Sequence[chat.Document] = (),
     draft_read: prompts_lib.Read | None = None,
     *,
+    max_length: int | None = None,
     negative: Sequence[chat.Document] = (),
     logits_processor: Sequence[plain.Processor] = (),
 ) -> tuple[list[plain.Answer], Counts]:
     """-> (an Answer of each prompt, counts of each row).
 
     draft: another model of the same vocabulary, or prompt lookup; num_assistant_tokens: what a model proposes in a
-    round. seeds: one a prompt; sampling, stop, negative, logits_processor: decode.generate's. draft_prompts,
-    draft_read: the prompts as the draft model's layout lays them, where it lays media otherwise. A processor's rows are
-    the prompts', or num_assistant_tokens + 1 of each, side by side. Raises InputError.
+    round. seeds: one a prompt. draft_prompts, draft_read: the prompts as the draft model's layout lays them, where it
+    lays media otherwise. A processor's rows are the prompts', or num_assistant_tokens + 1 of each, side by side. All
+    else is decode.generate's. Raises InputError.
 
     Greedy gives decode.generate's answers, but where two logits tie within the rounding of a pass over T = k + 1
     positions in place of 1.
     """
-    config.at_least(1, max_new_tokens=max_new_tokens, num_assistant_tokens=num_assistant_tokens)
+    config.at_least(1, num_assistant_tokens=num_assistant_tokens)
     if not prompts:
         return [], Counts(*[jnp.zeros(0, jnp.int32)] * 3)
-    plain.check_stop(stop)
+    plain.check_stop(stop_strings)
     plain.check_second(sampling, prompts, negative)
     law = Law(sampling, trained.tokenizer.ends, tuple(logits_processor))
     keys = plain.keys_of(seeds, len(prompts))
-    room = plain.rooms(trained, prompts, max_new_tokens, second=negative)
+    room = plain.rooms(trained, prompts, max_new_tokens, max_length, negative)
     looks = isinstance(draft, Lookup)
     k = draft.prompt_lookup_num_tokens if looks else num_assistant_tokens
     new = plain.rounded(max(room), plain.BLOCK)
@@ -107,13 +108,13 @@ def generate(
     answers = [None if here else plain.Answer("", (), "unreadable") for here in there]
     state = begin(logits, cache, draft_cache, past, limit, ~there, keys, law)
     proposer = (draft, None) if looks else (draft.model, draft.params)
-    rounds = -(-plain.BLOCK // (k + 1)) if stop else new  # between two looks at the text
+    rounds = -(-plain.BLOCK // (k + 1)) if stop_strings else new  # between two looks at the text
     while not all(answers):
         state = decode(trained.model, trained.params, *proposer, state, source, limit, keys, rounds, k, law)
         rows = zip(*map(np.asarray, (state.past.tokens, past.prompt, state.past.length)), strict=True)
         for i, (row, a, b) in enumerate(rows):
             tokens = row[a:b].tolist()
-            text, n, finish = plain.ended(trained, prompts[i], tokens, room[i], stop)
+            text, n, finish = plain.ended(trained, prompts[i], tokens, room[i], stop_strings)
             if finish and answers[i] is None:
                 answers[i] = plain.Answer(text, tuple(tokens[:n]), finish)
         state = state.replace(done=jnp.array([answer is not None for answer in answers]))

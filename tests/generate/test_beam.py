@@ -288,7 +288,8 @@ def test_stop_strings_end_beams_as_the_reference_s(stop, num_beams, settings, en
             eos_token_id=list(ends) or None, stop_strings=stop, tokenizer=theirs, return_dict_in_generate=True,
             output_scores=True, **how,
         )  # fmt: skip
-        ours = beam.generate(trained, [prompts_lib.plain(p) for p in prompts], None, 12, num_beams, stop=stop, **how)
+        asked = [prompts_lib.plain(p) for p in prompts]
+        ours = beam.generate(trained, asked, None, 12, num_beams, stop_strings=stop, **how)
         assert len(ours) == len(there.sequences) == 12
         for answer, row in zip(ours, there.sequences[:, 6:].tolist(), strict=True):
             assert list(answer.tokens) == row[: len(answer.tokens)]
@@ -320,9 +321,9 @@ def test_what_stops_nothing_changes_nothing():
     trained = make(context=64, tied=False)
     prompts = [prompts_lib.plain([8, 9, 29]), prompts_lib.plain([12])]
     free = beam.generate(trained, prompts, None, 9, 3, num_return_sequences=3)
-    assert beam.generate(trained, prompts, None, 9, 3, stop=["zzz"], num_return_sequences=3) == free
+    assert beam.generate(trained, prompts, None, 9, 3, stop_strings=["zzz"], num_return_sequences=3) == free
     with pytest.raises(config.InputError, match="a stop string is empty"):
-        beam.generate(trained, prompts, None, 9, 3, stop=["a", ""])
+        beam.generate(trained, prompts, None, 9, 3, stop_strings=["a", ""])
 
 
 # ---- beams that are drawn
@@ -346,7 +347,7 @@ def test_drawn_beams_depend_on_their_seed_alone():
 
     a, _, b, c = drawn([prompt, other, prompt, prompt], [4, 4, 4, 5])
     assert a == b != c and drawn([prompt], [4]) == [a] and drawn([other, prompt], [9, 5])[1] == c
-    assert drawn([prompt], [4], stop=["zzz"]) == [a]
+    assert drawn([prompt], [4], stop_strings=["zzz"]) == [a]
 
 
 # By top_k=1 as many tokens stay as there are ends and one more; where none ends, two candidates are drawn a beam.

@@ -151,8 +151,8 @@ def test_a_record_whose_picture_is_damaged_is_named(folder, capsys, monkeypatch)
     (["--prompt=x", "--regex=("], "regex='(' cannot be used"),
     (["--prompt=x", "--regex=a", "--choice=b"], "do not go together"),
     (["--prompt=x", "--num_beams=2", "--logprobs=1"], "--logprobs does not go with --num_beams"),
-    (["--prompt=x", "--num_beams=2", "--stop="], "a stop string is empty"),
-    (["--prompt=x", "--prompt_lookup_num_tokens=2", "--stop="], "a stop string is empty"),
+    (["--prompt=x", "--num_beams=2", "--stop_strings="], "a stop string is empty"),
+    (["--prompt=x", "--prompt_lookup_num_tokens=2", "--stop_strings="], "a stop string is empty"),
     (["--prompt=x", "--prompt_lookup_num_tokens=2", "--choice=x"], "--choice does not go with speculative decoding"),
     (["--prompt=x", "--json_schema={dir}/none.json"], "none.json is no file with JSON"),
     (["--prompt=x", "--num_beams=0"], "num_beams=0 must be 1"),
@@ -194,9 +194,9 @@ def test_beams_grammars_and_speculation(folder, tmp_path, capsys, monkeypatch): 
     # What the penalty changes stays the same; before a stop string the answer ends.
     law, n = ["--repetition_penalty=1.7", "--no_repeat_ngram_size=2"], len(greedy.removesuffix("[length]").strip())
     assert answers(*law, "--prompt_lookup_num_tokens=3") == answers(*law) != [greedy]
-    stop = f"--stop={greedy[n // 2 : n]}"
+    stop = f"--stop_strings={greedy[n // 2 : n]}"
     assert answers(stop) == answers(stop, "--prompt_lookup_num_tokens=3") == [greedy[: n // 2].strip()]
-    stop = f"--stop={best[0].removesuffix('[length]').strip()[-2:]}"
+    stop = f"--stop_strings={best[0].removesuffix('[length]').strip()[-2:]}"
     assert answers(*three, stop) != best
     assert answers("--choice=top", "--choice=left")[0] in ("top", "left")
     assert answers("--choice=undecided", "--max_new_tokens=1")[0].endswith(" [length]")

@@ -290,12 +290,12 @@ def test_stop_strings(drawn):
     for start in (2, decode.BLOCK - 1):
         stop = long.text[start : start + 3]
         other = long.text[start + 5 : start + 8]
-        answer = decode.generate(make(context=64), [prompt], None, 40, FREE, seeds=[3], stop=[other, stop])[0]
+        answer = decode.generate(make(context=64), [prompt], None, 40, FREE, seeds=[3], stop_strings=[other, stop])[0]
         at = min(map(long.text.index, (stop, other)))
         assert (answer.text, answer.finish) == (long.text[:at], "stop")
         said = make().tokenizer.decode(answer.tokens)
         assert any(said.endswith(s) and s not in said[:-1] for s in (stop, other)), "ends with what stops it"
-    nothing = decode.generate(make(context=64), [prompt], None, 40, FREE, seeds=[3], stop=["zzzzz"])[0]
+    nothing = decode.generate(make(context=64), [prompt], None, 40, FREE, seeds=[3], stop_strings=["zzzzz"])[0]
     assert nothing == long
 
 
@@ -499,6 +499,24 @@ def test_greedy_answers_under_options_are_hugging_face_s(both, options):
     assert len(set(found)) > 4
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"repetition_penalty": 1.5}, {"temperature": 0.6}, {"temperature": 2.0, "top_k": 9, "repetition_penalty": 1.5},
+    {"top_p": 0.7}, {"min_p": 0.1, "min_new_tokens": 2},
+], ids=",".join)  # fmt: skip
+def test_output_scores_are_hugging_face_s(both, options):
+    """Those of drawn tokens come behind temperature and cuts."""
+    import torch
+
+    trained, model = both
+    for seed in range(4):
+        prompt = np.random.default_rng(seed).integers(6, 32, size=6)
+        law = sample.Sampling(do_sample=True, **options)
+        ours = decode.generate(trained, [prompts_lib.plain(prompt)], None, 2, law, output_scores=True)[0].scores[0]
+        there = model.generate(torch.tensor(prompt)[None], max_new_tokens=2, do_sample=True, pad_token_id=0,
+                               return_dict_in_generate=True, output_scores=True, **{"top_k": 0} | options)  # fmt: skip
+        np.testing.assert_allclose(ours, there.scores[0][0].numpy(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"no_repeat_ngram_size": 1, "min_new_tokens": 4}], ids=["plain", "laws"])
 def test_beams_are_hugging_face_s(both, options):
     import torch
@@ -535,7 +553,7 @@ def test_the_longest_prompt_that_fits():
 
 
 @pytest.mark.parametrize("values, named", [
-    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"stop": ["a", ""]}, "stop string"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"stop_strings": ["a", ""]}, "stop string"),
     ({"sampling": sample.Sampling(guidance_scale=2.0)}, "guidance_scale=2.0 with 0 second prompts"),
 ])  # fmt: skip
 def test_values_that_mean_nothing(values, named):

@@ -31,8 +31,8 @@ def noisy(trained, share: float):
 def same(trained, prompts, proposer, tokens=12, k=3, law=decode.GREEDY, stop=()):
     """Greedy answers against decode.generate's -> (the answers' tokens, the counts as numpy arrays)."""
     read = tiny.reader(trained.layout)
-    expected = decode.generate(trained, prompts, read, tokens, law, stop=stop)
-    found, counts = speculative.generate(trained, prompts, read, tokens, proposer, k, law, stop=stop)
+    expected = decode.generate(trained, prompts, read, tokens, law, stop_strings=stop)
+    found, counts = speculative.generate(trained, prompts, read, tokens, proposer, k, law, stop_strings=stop)
     assert found == expected
     return [answer.tokens for answer in found], speculative.Counts(*map(np.asarray, counts))
 
@@ -315,7 +315,7 @@ def test_a_draft_that_lays_media_otherwise():
 @pytest.mark.parametrize("values, named", [
     ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"num_assistant_tokens": 0}, "num_assistant_tokens=0"),
     ({"sampling": sample.Sampling(guidance_scale=2.0)}, "guidance_scale=2.0 with 0 second prompts"),
-    ({"stop": ["a", ""]}, "a stop string is empty"), ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
+    ({"stop_strings": ["a", ""]}, "a stop string is empty"), ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
 ])  # fmt: skip
 def test_values_that_mean_nothing(values, named):
     trained = make()

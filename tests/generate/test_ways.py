@@ -152,8 +152,8 @@ def test_one_beam_in_a_grammar_is_greedy_in_it(spelling):
     asked = [prompts_lib.prompt(spelling, text) for text in ("ab", "stu v", "w")]
     for grammar, stop in ((constrain.regex("[a-d]{3,20}"), ()), (constrain.choices(["ab", "dadadada"]), ()),
                           (constrain.regex("[a-d]{9}"), ("ab", "da", "c"))):  # fmt: skip
-        expected = decode.generate(spelling, asked, None, 8, grammar=grammar, stop=stop)
-        found = beam.generate(spelling, asked, None, 8, 1, grammar=grammar, stop=stop)
+        expected = decode.generate(spelling, asked, None, 8, grammar=grammar, stop_strings=stop)
+        found = beam.generate(spelling, asked, None, 8, 1, grammar=grammar, stop_strings=stop)
         assert [(a.text, a.finish) for a in found] == [(a.text, a.finish) for a in expected]
 
 
@@ -262,3 +262,22 @@ def test_guidance_needs_its_second_prompts():
         for more in ({"sampling": GUIDED}, {"negative": [ask(trained, "a")]}):
             with pytest.raises(config.InputError, match="second prompts: give one for each of the 1 prompts"):
                 way(trained, [ask(trained, "a")], **more)
+
+
+@pytest.mark.parametrize("way", (decode.generate, beam.generate, speculative.generate))
+def test_max_length_counts_the_prompt(way):
+    """That of each prompt; max_new_tokens does not, and comes first."""
+    trained = make(context=32)
+    short, long = prompts_lib.plain((7, 8)), prompts_lib.plain((9, 20, 21, 22))
+
+    def lengths(**given):
+        found = way(trained, [short, long], **given)
+        return [len(a.tokens) for a in (found[0] if isinstance(found, tuple) else found)]
+
+    assert lengths(max_length=9) == [7, 5]
+    assert lengths(max_length=9, max_new_tokens=3) == [3, 3]
+    assert lengths(max_length=10**6) == [30, 28] and lengths() == [30, 28]
+    with pytest.raises(config.InputError, match="max_length=4 counts the prompt, which has 4 positions"):
+        lengths(max_length=4)
+    with pytest.raises(config.InputError, match="max_new_tokens=0 must be"):
+        lengths(max_new_tokens=0)
