@@ -185,7 +185,7 @@ const CHECKS = {
   },
   'errors 429: 16 at once, Retry-After': async () => {
     const one = () => ask('hi', { max_tokens: 100 }).then(() => 'answered', (error) => {
-      assert.ok(error instanceof OpenAI.RateLimitError && error.code === 'busy', `${error}`)
+      assert.ok(error instanceof OpenAI.RateLimitError && error.code === 'rate_limit_exceeded', `${error}`)
       assert.ok(Number(error.headers.get('retry-after')) > 0)
       return 'later'
     })

@@ -243,7 +243,7 @@ def crowd(it):
         try:
             return ask(it, max_tokens=100).usage.total_tokens > 0
         except openai.RateLimitError as error:
-            return error.code == "busy" and int(error.response.headers["retry-after"]) > 0 and "later"
+            return error.code == "rate_limit_exceeded" and int(error.response.headers["retry-after"]) > 0 and "later"
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         found = list(pool.map(one, range(16)))

@@ -11,8 +11,7 @@ from gpt4v_jax.serve.requests import Busy
 from gpt4v_jax.serve.wire import Reply
 
 log = logging.getLogger("gpt4v_jax.serve")
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
-         503: "server_error"}  # fmt: skip
+TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # of others: invalid_request_error
 
 LONGEST = 1000  # characters of a message: some quote what was sent
 
@@ -56,7 +55,8 @@ def of(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
-        return ApiError(str(error), None, "busy", 429, {"Retry-After": str(max(1, round(error.seconds)))})
+        later = {"Retry-After": str(max(1, round(error.seconds)))}
+        return ApiError(str(error), None, "rate_limit_exceeded", 429, later)
     if isinstance(error, BadMedium):
         return ApiError(f"a medium cannot be used: {error}", None, "invalid_medium")
     if isinstance(error, config.InputError):

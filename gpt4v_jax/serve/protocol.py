@@ -9,6 +9,9 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from gpt4v_jax.serve.errors import ApiError
+from gpt4v_jax.serve.wire import encoded
+
 HEADER_SECONDS = 10.0  # for a request's line and headers
 HEADER_BYTES = 32_768
 GRACE = 4.0  # seconds that running answers have when the server is told to end, before they are cut
@@ -35,6 +38,16 @@ class Protocol(H11Protocol):
             self._wait()
         else:
             self._stop()
+
+    def send_400_response(self, msg):
+        """uvicorn's own has a line of text."""
+        error = ApiError("the request is no HTTP, or its headers are too long: they may have "
+                         f"{HEADER_BYTES:,} bytes", None, "invalid_http")  # fmt: skip
+        body = encoded(error.body).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def connection_lost(self, exc):
         self._stop()

@@ -110,8 +110,9 @@ SAMPLING: dict[str, Kind] = {  # by Sampling's names; its own limits hold, too
     "typical_p": number(0, 1), "epsilon_cutoff": number(0, 1), "eta_cutoff": number(0, 1),
     "repetition_penalty": number(0, 1e4), "no_repeat_ngram_size": whole(0, 2**31 - 1),
 }  # fmt: skip
-BOTH: dict[str, Kind] = SAMPLING | {
-    "model": text, "engine": text, "stream": flag, "n": whole(1, MOST_ANSWERS), "stop": stops,
+NAME: dict[str, Kind] = {"model": text, "engine": text}  # the newer name, and the older
+BOTH: dict[str, Kind] = NAME | SAMPLING | {
+    "stream": flag, "n": whole(1, MOST_ANSWERS), "stop": stops,
     "stream_options": section(include_usage=flag, include_obfuscation=flag), "seed": whole(-(2**63), 2**63 - 1),
     "min_tokens": whole(0, 2**31 - 1), "guided_regex": anything, "guided_choice": anything, "guided_json": anything,
     "structured_outputs": section(regex=anything, choice=anything, json=anything),
@@ -126,14 +127,13 @@ COMPLETION: dict[str, Kind] = BOTH | {
     "prompt": anything, "max_tokens": whole(0, 2**31 - 1), "echo": flag, "logprobs": whole(0, MOST_LOGPROBS),
     "best_of": whole(1, MOST_ANSWERS),
 }  # fmt: skip
-EMBEDDING: dict[str, Kind] = {"model": text, "engine": text, "input": anything,
-                              "encoding_format": one_of("float", "base64")}  # fmt: skip
-TOKENIZE: dict[str, Kind] = {"model": text, "prompt": text, "messages": anything, "add_special_tokens": flag,
-                             "add_generation_prompt": one_of(True), "return_token_strs": flag}  # fmt: skip
-DETOKENIZE: dict[str, Kind] = {"model": text, "tokens": anything}
-MODERATION: dict[str, Kind] = {"model": text, "input": anything}
-LOOK: dict[str, Kind] = {"model": text, "messages": anything, "answer": anything, "token": whole(0, 2**31 - 1),
-                         "picture": whole(0, 2**31 - 1)}  # fmt: skip
+EMBEDDING: dict[str, Kind] = NAME | {"input": anything, "encoding_format": one_of("float", "base64")}
+TOKENIZE: dict[str, Kind] = NAME | {"prompt": text, "messages": anything, "add_special_tokens": flag,
+                                    "add_generation_prompt": one_of(True), "return_token_strs": flag}  # fmt: skip
+DETOKENIZE: dict[str, Kind] = NAME | {"tokens": anything}
+MODERATION: dict[str, Kind] = NAME | {"input": anything}
+LOOK: dict[str, Kind] = NAME | {"messages": anything, "answer": anything, "token": whole(0, 2**31 - 1),
+                                "picture": whole(0, 2**31 - 1)}  # fmt: skip
 
 # OpenAI's fields that mean nothing here, and change no answer.
 IGNORED = ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",

@@ -159,6 +159,9 @@ def parsed(body: bytes, kinds: dict[str, schema.Kind]) -> dict[str, Any]:
         return schema.read(wire.decoded(body), kinds)
     except ValueError as error:
         raise ApiError(f"the body is no JSON: {error}", None, "invalid_json") from None
+    except wire.TooDeep:
+        raise ApiError("the body has lists or objects nested too deeply to be read: make it flatter", None,
+                       "invalid_json") from None  # fmt: skip
 
 
 def of(http: Http) -> Server:

@@ -17,8 +17,9 @@ from gpt4v_jax.serve.server import Server
 from gpt4v_jax.serve.stream import Prompt
 from gpt4v_jax.serve.wire import Reply, while_there
 
-FIELDS = {"model": schema.text, "prompt": schema.text, "response_format": schema.one_of("json", "text"),
-          "temperature": schema.text, "language": schema.text, "stream": schema.one_of("false")}  # fmt: skip
+FIELDS = schema.NAME | {"prompt": schema.text, "response_format": schema.one_of("json", "text"),
+                        "temperature": schema.text, "language": schema.text,
+                        "stream": schema.one_of("false")}  # fmt: skip
 
 CHARSET = re.compile(r"""charset\s*=\s*["']?([^"';\s]*)""", re.IGNORECASE)
 FIELD = 2**16  # bytes of a field that is no file
@@ -41,7 +42,7 @@ async def transcriptions(http: Http) -> Response:
         raise ApiError(f"the form cannot be read: {error.detail}", None, "invalid_form") from None
     try:
         given, file = fields(form), form.get("file")
-        here.check_model(given.get("model"))
+        here.check_model(given.get("model", given.get("engine")))
         if not isinstance(file, UploadFile):
             raise ApiError("file is missing: a sound, as a file of the form", "file")
         sound, text = await file.read(), given.get("prompt", here.settings.transcribe)

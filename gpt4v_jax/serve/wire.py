@@ -15,6 +15,10 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
+class TooDeep(Exception):
+    """Lists or objects within each other, some hundreds or more."""
+
+
 class Reply(Response):
     """JSON; its text is ASCII, for a client may have sent half a surrogate pair, which UTF-8 cannot write."""
 
@@ -29,14 +33,14 @@ def encoded(value: Any) -> str:
 
 
 def decoded(body: bytes) -> Any:
-    """Raises ValueError for what is no JSON, for NaN and Infinity, and for what is too deep."""
+    """Raises ValueError for what is no JSON, and for NaN and Infinity, TooDeep for what Python cannot read."""
     def refuse(name: str):
         raise ValueError(f"{name} is no JSON")
 
     try:
         return json.loads(str(body, "utf-8-sig"), parse_constant=refuse)  # bytes of UTF-16, `counted` would misread
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise TooDeep from None
 
 
 _NO_MARKS = bytes(set(range(256)) - set(b'",[{'))

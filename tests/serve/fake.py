@@ -102,7 +102,7 @@ def trained(chats: bool = True, context: int = CONTEXT, **model) -> Trained:
 
 
 def app(engine=None, model: Trained | None = None, **settings):
-    model, guard = model or trained(), guards.Guard(guards.Limits())
+    model, guard = model or trained(), settings.pop("guard", None) or guards.Guard(guards.Limits())
     return api.create(model, engine or FakeEngine(model.tokenizer), Settings("tiny", guard, **settings))
 
 

@@ -29,7 +29,8 @@ def failed(response, status: int, code: str | None = None) -> dict:
     error = response.json()["error"]
     assert list(error) == ["message", "type", "param", "code"] and isinstance(error["message"], str)
     assert "Traceback" not in response.text and "/home" not in response.text and " at 0x" not in response.text
-    assert code is None or error["code"] == code
+    kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+    assert error["type"] == kinds.get(status, "invalid_request_error") and code in (None, error["code"])
     return error
 
 
@@ -153,7 +154,8 @@ def test_transcriptions():
         failed(client.post("/v1/audio/transcriptions", json={}), 415)
         failed(client.post("/v1/audio/transcriptions", content=b"x",
                            headers={"content-type": "multipart/form-data"}), 400)  # fmt: skip
-        failed(client.post("/v1/audio/transcriptions", files=sound, data={"model": "x"}), 404)
+        for name in ("model", "engine"):
+            failed(client.post("/v1/audio/transcriptions", files=sound, data={name: "x"}), 404)
         failed(client.post("/v1/audio/transcriptions", files=sound, data={"prompt": "x" * 70_000}), 400)
         for charset in ("punycode", '"idna"', "UTF-7"):
             failed(client.post("/v1/audio/transcriptions", content=b"--x--", headers={
@@ -210,6 +212,8 @@ def test_an_error_names_the_medium_that_is_meant(client):
     (CHAT, raw(iter([b"x" * 1_000_000] * 9)), 413, "body_too_large"),
     (CHAT, {"json": fake.say(model="other")}, 404, "model_not_found"),
     (CHAT, {"json": fake.say(model="\ud800")}, 404, "model_not_found"),
+    *((path, {"json": {"engine": "other"}}, 404, "model_not_found") for path in (
+        CHAT, COMPLETION, "/v1/embeddings", "/tokenize", "/detokenize", "/look")),
     (CHAT, {"json": {"messages": []}}, 400, "invalid_value"), (CHAT, {"json": {}}, 400, "invalid_value"),
     (CHAT, {"json": fake.say("x" * 200)}, 400, "context_length_exceeded"),
     *((path, {"json": given}, 400, "context_length_exceeded") for path, given in (

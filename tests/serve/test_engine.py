@@ -1,6 +1,7 @@
 """Continuous batching: no answer depends on who else is there, on what is remembered, or on how the others end."""
 
 import dataclasses
+import itertools
 import threading
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import pytest
 from gpt4v_jax import config
 from gpt4v_jax.data import tokenizer as tokenizer_lib
 from gpt4v_jax.data.transforms import BadMedium
-from gpt4v_jax.generate import constrain, decode, prompts, sample
+from gpt4v_jax.generate import constrain, decode, prompts, sample, weights
 from gpt4v_jax.model import attention
 from gpt4v_jax.serve import engine as engine_lib
 from gpt4v_jax.serve import prefix
@@ -130,6 +131,28 @@ def test_an_answer_does_not_depend_on_company_or_memory(name, monkeypatch):
         np.testing.assert_allclose(plain.logprobs, answer.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", weights.KINDS)
+def test_greedy_answers_of_eight_and_of_one(kind):
+    """To the token, in bursts and in steps, with the prefix cache and without, in every number of rows and of bits."""
+    trained = weights.turned(make(tied=False, context=64), kind)
+    texts = ("a", "bc", "the same begin", "the same begins", "bc", "xyx", "abcde", "b")
+    asked = [Request(ask(trained, text), None, 4 + 5 * i) for i, text in enumerate(texts)]
+    engines = [Engine(trained, slots=8), Engine(trained, slots=8, prefix_bytes=0)]
+    for engine in engines:
+        engine._rows.find_sizes()
+    found = []
+    for engine, more in itertools.product(engines, ({}, {"logprobs": 0})):  # whose log-probabilities are told has steps
+        group = [dataclasses.replace(request, **more) for request in asked]
+        found += [together(engine, group), [together(engine, [request])[0] for request in group]]
+    for engine in engines:
+        engine.close()
+    tokens = [[answer.tokens for answer in answers] for answers in found]
+    assert all(other == tokens[0] for other in tokens) and len(set(tokens[0])) > 5
+    assert [len(answer) for answer in tokens[0]] == [request.max_new_tokens for request in asked]
+    logprobs = [[answer.logprobs for answer in answers] for answers in found if answers[0].logprobs]
+    assert len(logprobs) == 4 and all(other == logprobs[0] for other in logprobs), "to the bit"
+
+
 @pytest.mark.parametrize("media", ["V", "S7"])
 def test_a_clip_and_a_sound_are_remembered_by_what_they_show(media):
     trained = make(media=True, axes=3)
@@ -154,10 +177,12 @@ def test_the_key_covers_the_medium_s_place_shape_and_values():
         read = tiny.reader(layout)
         return [c.key for c in prefix.chunks(document, lambda m: [(change(v), i) for v, i in read(m)], layout)]
 
-    shape = dataclasses.replace(audio.media[0][1], shape=(8,))  # as many patches
-    assert keys(audio) == keys(audio)
+    first, sound = audio.media[0]
+    shape = dataclasses.replace(sound, shape=(8,))  # as many patches
+    assert first and keys(audio) == keys(audio)
     assert keys(audio)[0] != keys(audio, lambda v: np.nextafter(v, 9))[0]
-    assert keys(audio)[0] != keys(dataclasses.replace(audio, media=((0, shape),)))[0]
+    for other in ((first, shape), (first - 1, sound)):
+        assert keys(audio)[0] != keys(dataclasses.replace(audio, media=(other,)))[0]
     assert keys(audio)[0] != keys(audio, lambda v: v.astype(np.float64))[0]
 
 

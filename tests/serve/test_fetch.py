@@ -7,10 +7,13 @@ import ssl
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from gpt4v_jax import config
 from gpt4v_jax.serve import fetch, guards
+from tests.serve import fake
 
 trustme = pytest.importorskip("trustme")
 
@@ -142,6 +145,27 @@ def test_a_file_is_fetched(world, monkeypatch):
     head = world.server.said[0].lower()
     assert "\r\nhost: example.org\r\n" in head and "\r\naccept-encoding: identity\r\n" in head
     assert "cookie" not in head and "authorization" not in head
+
+
+def test_a_chat_about_a_picture_at_an_address(world):
+    """It is the prompt of the same picture in a data: URI. What may not be asked is a 400."""
+    world.names["inside.test"] = ["10.0.0.5"]
+    world.server.answers["/p.png"] = answer(picture := fake.png())
+    engine = fake.FakeEngine(fake.trained().tokenizer)
+    with fake.client(engine, guard=world.guard()) as client:
+
+        def ask(url: str, kind: str = "image_url"):
+            parts = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "what?"}]
+            body = fake.say() | {"messages": [{"role": "user", "content": parts}]}
+            return client.post("/v1/chat/completions", json=body)
+
+        for url in ("https://example.org/p.png", fake.uri(picture)):
+            assert ask(url).json()["choices"][0]["message"]["content"] == fake.SAYS
+        for url, kind in (("https://inside.test/p.png", "image_url"), ("https://inside.test/c.avi", "video_url")):
+            refused = ask(url, kind)
+            assert refused.status_code == 400 and "inside.test" in refused.json()["error"]["message"]
+    one, two = ([list(request.prompt.tokens), *request.read(request.prompt.media[0][1])] for request in engine.requests)
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, two)) and world.connects == [PUBLIC]
 
 
 @pytest.mark.parametrize("url", [

@@ -140,7 +140,7 @@ def test_a_key_is_asked_for_but_not_for_the_page(trained):
 
 def test_how_many_wait_and_how_long(trained):
     body = {"messages": [asked("?", png(1))], "answer": "red"}
-    for settings, status, code in (({"queued": 0}, 429, "busy"), ({"seconds": 0.0}, 503, "timeout")):
+    for settings, status, code in (({"queued": 0}, 429, "rate_limit_exceeded"), ({"seconds": 0.0}, 503, "timeout")):
         got = client(trained, **settings).post("/look", json=body)
         assert got.status_code == status and got.json()["error"]["code"] == code and got.headers["retry-after"]
 

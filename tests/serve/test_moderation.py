@@ -13,6 +13,7 @@ from gpt4v_jax.generate import classify
 from gpt4v_jax.serve import folding, moderation
 from gpt4v_jax.training import workdir
 from tests.generate.test_classify import folder as classifier  # noqa: F401
+from tests.serve import fake
 
 SECRET = "the xylophone of Darn"
 
@@ -201,6 +202,22 @@ def test_a_classifier(classifier, tmp_path, caplog):  # noqa: F811
     assert found.refusals()["unkind", "request"] == 2 and "awful" not in caplog.text
     lower = made(tmp_path, classifiers=[HEAD | {"lower": True}])
     assert lower.scores("SIX AWFUL") == lower.scores("six awful") != found.scores("SIX AWFUL")
+
+
+def test_a_classifier_at_a_server(classifier, tmp_path):  # noqa: F811
+    """What it refuses is no answer; of a stream it has been shown by then."""
+    (tmp_path / "run").symlink_to(classifier)
+    engine = fake.FakeEngine(fake.trained().tokenizer, "six awful")
+    with fake.client(engine, moderation=made(tmp_path, classifiers=[HEAD])) as client:
+        refused = client.post("/v1/chat/completions", json=fake.say("six awful"))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "content_filter") and not engine.requests
+        answer = client.post("/v1/chat/completions", json=fake.say("six fine")).json()["choices"][0]
+        assert (answer["message"]["content"], answer["finish_reason"]) == ("", "content_filter")
+        *chunks, end = fake.events(client.post("/v1/chat/completions", json=fake.say("six fine", stream=True)).text)
+        said = "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+        assert said.startswith("six") and chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
+        counts = client.get("/metrics").text
+        assert 'gpt4v_refused_total{category="unkind",where="answer"} 2.0' in counts and "awful" not in counts
 
 
 def test_classifier_in_threads(classifier, tmp_path):  # noqa: F811

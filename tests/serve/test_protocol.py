@@ -1,9 +1,11 @@
 """What uvicorn lacks: headers that never end, and an end."""
 
+import json
 import subprocess
 import sys
 from unittest import mock
 
+import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
@@ -51,6 +53,17 @@ def test_headers_must_end():
     assert len(timers) == 2 and not timers[1].cancel.called
     connection.connection_lost(None)
     assert timers[1].cancel.called
+
+
+@pytest.mark.parametrize("sent", (b"GET / HTTP/1.1\r\nX: " + b"a" * 2**20, b"hello\r\n\r\n"))
+def test_what_is_no_http_gets_a_body(sent):
+    connection, _ = connected(ServerState())
+    connection.data_received(sent)
+    head, _, body = b"".join(call.args[0] for call in connection.transport.write.mock_calls).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"content-length: %d" % len(body) in head.lower()
+    error = json.loads(body)["error"]
+    assert error["code"] == "invalid_http" and "32,768 bytes" in error["message"]
+    assert connection.transport.close.called
 
 
 def test_connections_beyond_the_limit_are_closed():

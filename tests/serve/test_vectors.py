@@ -44,7 +44,7 @@ def test_only_so_many_wait(held):
         first.join()
         assert client.post(EMBEDDINGS, json={"input": "hi"}).status_code == 200
     assert second.status_code == 429 and second.headers["retry-after"] == "2"
-    assert second.json()["error"]["code"] == "busy" and chat.status_code == 200
+    assert second.json()["error"]["code"] == "rate_limit_exceeded" and chat.status_code == 200
 
 
 def test_what_takes_too_long_ends(held):
