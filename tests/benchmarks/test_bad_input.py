@@ -29,10 +29,11 @@ def _found(name="x", statuses=(400,), right=True, times=(1.0, 1.5, 1.1), mebibyt
 
 
 def test_what_is_wrong_or_slow_is_told():
-    fine = {"alone": [0.5], "mebibytes": (600.0, 690.0), "hits": 0, "end": 3.25, "status": 0}
+    fine = {"alone": [0.5], "mebibytes": (600.0, 650.0, 690.0), "hits": 0, "end": 3.25, "status": 0}
     text = "\n".join(bad_input.lines(fine | {"found": [_found(), _found("y", mebibytes=710.0)]}))
     assert "2 of 2 kinds\n" in text and "1.10 x in the median (x), a single one 1.50 x; medians above 2: none" in text
-    assert "600 MiB before, 710 at most after a kind, 690 at the end: +110" in text and "no \\| good" in text
+    assert "600 MiB before any bad input, 650 behind the first of each kind, 710 at most from then on, 690 at" in text
+    assert "at the end: +110" in text and "no \\| good" in text
     assert "takes 500 ms alone" in text and "must not be reached: 0" in text and "after 3.2 s" in text
     bad = [_found(), _found("y", (200,), False, (3.0, 2.5, 1.0))]
     text = "\n".join(bad_input.lines(fine | {"found": bad}))
