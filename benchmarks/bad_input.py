@@ -51,6 +51,8 @@ TRAIN = [
     "--config.eval.best=",
 ]  # fmt: skip
 
+PREFIXES = 32 << 20  # bytes of remembered prompts, few: good questions fill them, and that is no growth by bad input
+
 
 # ---- the run
 
@@ -95,7 +97,7 @@ def measure(workdir: Path, quick: bool, say=print) -> dict:
         hits = []
         threading.Thread(target=lambda: [hits.append(victim.accept()) for _ in range(10**6)], daemon=True).start()
         command = [sys.executable, "-m", "gpt4v_jax.serve", f"--workdir={workdir}", "--port=0", f"--api_keys={keys}",
-                   "--allow_hosts=*", "--name=it"]  # fmt: skip
+                   "--allow_hosts=*", "--name=it", f"--prefix_bytes={PREFIXES}"]  # fmt: skip
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
             line = ""
