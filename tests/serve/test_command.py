@@ -77,4 +77,4 @@ def test_the_engine_gets_its_flags(capsys, monkeypatch, tmp_path):
     with flagsaver.flagsaver(), pytest.raises(SystemExit):
         command.run(serve.main, required=("workdir",))
     assert "asked for (3, 5, 7)" in capsys.readouterr().err
-    serve.listen.assert_called_once_with("127.0.0.1", 8000)  # of nobody who does not say so is it open to others
+    serve.listen.assert_called_once_with("127.0.0.1", 8000)  # others come in where somebody says so alone

@@ -133,7 +133,8 @@ def test_an_answer_does_not_depend_on_company_or_memory(name, monkeypatch):
 
 @pytest.mark.parametrize("kind", weights.KINDS)
 def test_greedy_answers_of_eight_and_of_one(kind):
-    """To the token, in bursts and in steps, with the prefix cache and without, in every number of rows and of bits."""
+    """To the bit, with the prefix cache and without, in every number of rows and of bits; in steps, and in bursts where
+    this machine's have the same bits."""
     trained = weights.turned(make(tied=False, context=64), kind)
     texts = ("a", "bc", "the same begin", "the same begins", "bc", "xyx", "abcde", "b")
     asked = [Request(ask(trained, text), None, 4 + 5 * i) for i, text in enumerate(texts)]
